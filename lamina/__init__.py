@@ -1,0 +1,1 @@
+"""lamina: a compiler for trained neural networks."""

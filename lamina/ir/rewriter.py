@@ -1,0 +1,182 @@
+"""The one way a graph is changed: names stay unique, uses stay right, every change is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lamina.errors import PassError
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One recorded change: which pass did what at which node, and why."""
+
+    pass_name: str
+    where: str
+    why: str
+
+
+class Rewriter:
+    """Changes one graph (the main graph, or a subgraph being built) of a cloned program.
+
+    Args:
+        model: The model being changed; owns opsets.
+        graph: The graph new nodes go into; the main graph when omitted.
+        names: Name table to share with a parent rewriter, so names stay unique over subgraphs.
+    """
+
+    def __init__(
+        self, model: ir.Model, graph: ir.Graph | None = None, *, parent: Rewriter | None = None
+    ) -> None:
+        self.model = model
+        self.graph = model.graph if graph is None else graph
+        self.records: list[Rewrite] = [] if parent is None else parent.records
+        self._anchor: ir.Node | None = None
+        self._nodes: dict[str, ir.Node] = {} if parent is None else parent._nodes
+        self._names: set[str] = set(model.graph.initializers) if parent is None else parent._names
+        if parent is not None:
+            return
+        self._names.update(v.name for v in model.graph.inputs if v.name)
+        for node in model.graph.all_nodes():
+            if node.name:
+                self._nodes[node.name] = node
+                self._names.add(node.name)
+            self._names.update(v.name for v in node.outputs if v.name)
+
+    # -- look-ups -----------------------------------------------------------------------------------
+
+    def node(self, name: str) -> ir.Node:
+        """The node called ``name``.
+
+        Raises:
+            PassError: There is none (any more).
+        """
+        try:
+            return self._nodes[name]
+        except KeyError:
+            raise PassError(
+                f"no node is called '{name}'", advice="the plan belongs to another model"
+            ) from None
+
+    def has_node(self, name: str) -> bool:
+        """Whether a node called ``name`` is in the model."""
+        return name in self._nodes
+
+    def fresh(self, hint: str) -> str:
+        """A name nothing in the model has, made from ``hint``; it is taken from now on."""
+        name, i = hint, 1
+        while name in self._names:
+            name, i = f"{hint}_{i}", i + 1
+        self._names.add(name)
+        return name
+
+    # -- building -----------------------------------------------------------------------------------
+
+    def at(self, anchor: ir.Node | None) -> Rewriter:
+        """Insert what follows right before ``anchor`` (None: at the end of the graph). Returns self."""
+        self._anchor = anchor
+        return self
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        outputs: int = 1,
+        domain: str = "",
+        name: str | None = None,
+        dtype: ir.DataType | None = None,
+        shape: ir.Shape | None = None,
+    ) -> ir.Value:
+        """Add one node and return its first output (all of them are ``value.producer().outputs``)."""
+        label = self.fresh(name or f"lamina_{op_type}")
+        node = ir.node(
+            op_type, list(inputs), dict(attributes or {}), domain=domain, num_outputs=outputs, name=label
+        )
+        for i, value in enumerate(node.outputs):
+            value.name = self.fresh(f"{label}_out" if i == 0 else f"{label}_out{i}")
+        if dtype is not None:
+            node.outputs[0].dtype = dtype
+        if shape is not None:
+            node.outputs[0].shape = shape
+        self.insert(node)
+        return node.outputs[0]
+
+    def insert(self, node: ir.Node) -> None:
+        """Add a node that already has a unique name at the anchor."""
+        if self._anchor is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(self._anchor, node)
+        if node.name:
+            self._nodes[node.name] = node
+
+    def constant(self, array: np.ndarray, name: str, *, dtype: ir.DataType | None = None) -> ir.Value:
+        """Add an initializer to the graph; ``dtype`` is needed for int4, uint4 and bfloat16 only."""
+        label = self.fresh(name)
+        tensor = ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=label)
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+        value = ir.Value(name=label, shape=shape, type=kind, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    # -- changing -----------------------------------------------------------------------------------
+
+    def replace_uses(self, old: ir.Value, new: ir.Value, *, keep: Iterable[ir.Node] = ()) -> None:
+        """Make every reader of ``old``, subgraphs and graph outputs included, read ``new``.
+
+        An interface output keeps its name: an Identity carries it when ``new`` cannot be renamed.
+        """
+        kept = set(keep)
+        for use in tuple(old.uses()):
+            if use.node not in kept:
+                use.node.replace_input_with(use.idx, new)
+        for i, output in enumerate(self.graph.outputs):
+            if output is old:
+                self._move_output(i, old, new)
+
+    def _move_output(self, index: int, old: ir.Value, new: ir.Value) -> None:
+        name, shape, kind = old.name, old.shape, old.type
+        old.name = self.fresh(f"{name}_before")
+        carrier = new
+        if new.is_graph_input() or new.is_initializer() or new.is_graph_output() or new.producer() is None:
+            anchor, self._anchor = self._anchor, None
+            carrier = self.op("Identity", [new], name=f"{name}_identity")
+            self._anchor = anchor
+        carrier.name = name
+        carrier.shape = shape if shape is not None else carrier.shape
+        carrier.type = kind if kind is not None else carrier.type
+        self.graph.outputs[index] = carrier
+
+    def remove(self, nodes: Iterable[ir.Node]) -> None:
+        """Remove nodes nobody outside the set reads."""
+        doomed = list(nodes)
+        for node in doomed:
+            if node.name:
+                self._nodes.pop(node.name, None)
+        if doomed:
+            self.graph.remove(doomed, safe=True)
+
+    def forget(self, nodes: Iterable[ir.Node]) -> None:
+        """Drop nodes from the index without touching the graph (they moved to a subgraph elsewhere)."""
+        for node in nodes:
+            if node.name:
+                self._nodes.pop(node.name, None)
+
+    def require_opset(self, version: int) -> None:
+        """Raise unless the model's default opset is at least ``version`` (see ``lamina.ir.opset``)."""
+        have = self.model.opset_imports.get("", 1)
+        if have < version:
+            raise PassError(
+                f"this needs opset {version}, the program has {have}", advice="raise_opset() it first"
+            )
+
+    def record(self, pass_name: str, where: str, why: str) -> None:
+        """Note a change for the report."""
+        self.records.append(Rewrite(pass_name, where, why))
