@@ -1,1 +1,34 @@
-"""."""
+"""What can be done to a program: exact folds, and transforms that offer moves."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import entry_points
+
+from lamina.errors import BudgetError
+from lamina.passes.pass_ import Transform
+
+# name -> module:class. A third party adds one through the entry point group "lamina.transforms".
+TRANSFORMS: tuple[tuple[str, str], ...] = (
+    ("drop", "lamina.passes.drop_branch:DropBranch"),
+    ("quantize", "lamina.passes.quantize:Quantize"),
+)
+
+
+def transform_names() -> tuple[str, ...]:
+    """Names of every transform, ours first."""
+    return tuple(n for n, _ in TRANSFORMS) + tuple(e.name for e in entry_points(group="lamina.transforms"))
+
+
+def get_transform(name: str) -> Transform:
+    """The transform called ``name`` with its default options.
+
+    Raises:
+        BudgetError: There is none.
+    """
+    places = {e.name: e.value for e in entry_points(group="lamina.transforms")} | dict(TRANSFORMS)
+    if name not in places:
+        raise BudgetError(f"there is no transform '{name}'", advice=f"choose from {', '.join(transform_names())}")
+    module, _, attribute = places[name].partition(":")
+    transform: Transform = getattr(import_module(module), attribute)()
+    return transform
