@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,12 @@ import onnx_ir as ir
 from lamina.errors import BudgetError
 
 Feeds = Mapping[str, np.ndarray]
+
+
+def usable_cores() -> int:
+    """Cores this process may use: a container's or taskset's share, not the machine's."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Target:
 
     @staticmethod
     def parse(text: str | Target) -> Target:
-        """Read a target's text form.
+        """Read a target's text form; threads not given: as many as this process may use.
 
         Raises:
             BudgetError: The text is not ``backend:device?key=value&...`` or threads is not a positive number.
@@ -44,7 +51,7 @@ class Target:
         head, _, query = text.strip().partition("?")
         backend, _, device = head.partition(":")
         options = dict(parse_qsl(query, keep_blank_values=True))
-        threads = options.pop("threads", "1")
+        threads = options.pop("threads", "") or str(usable_cores())
         if not backend or not threads.isdigit() or int(threads) < 1:
             raise BudgetError(f"target '{text}' is not understood", advice="write it like ort:cpu?threads=2")
         return Target(backend, device or "cpu", int(threads), options)
