@@ -120,7 +120,8 @@ class Rewriter:
     def constant(self, array: np.ndarray, name: str, *, dtype: ir.DataType | None = None) -> ir.Value:
         """Add an initializer to the graph; ``dtype`` is needed for int4, uint4 and bfloat16 only."""
         label = self.fresh(name)
-        tensor = ir.Tensor(np.ascontiguousarray(array), dtype=dtype, name=label)
+        # trap: np.ascontiguousarray makes a scalar 1-D, and QLinear kernels want scalar scales
+        tensor = ir.Tensor(np.asarray(array, order="C"), dtype=dtype, name=label)
         kind, shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
         value = ir.Value(name=label, shape=shape, type=kind, const_value=tensor)
         self.graph.register_initializer(value)
