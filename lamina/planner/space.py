@@ -1,13 +1,13 @@
 """The search space: every site with its options, nested, and genomes over it.
 
-A genome is one small integer a choice: 0 leaves the site alone, k takes its k-th option. Sites nest (a weighted
-operator inside a branch); a choice inside a dropped branch has no effect, so its gene is 0 in canonical form and
-no two genomes mean the same program.
+A genome is one small integer a choice: 0 leaves the site alone, k takes its k-th option. Sites nest (a
+weighted operator inside a branch); a choice inside a dropped branch has no effect, so its gene is 0 in
+canonical form and no two genomes mean the same program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lamina.analysis.statistics import Statistics
@@ -65,19 +65,15 @@ class Space:
 
     def canonical(self, genome: Sequence[int]) -> Genome:
         """Zero the genes that a dropped ancestor makes meaningless."""
-        genes = list(genome)
-        for i, choice in enumerate(self.choices):
-            if choice.parent is not None and genes[choice.parent] > 0 and self.choices[choice.parent].removes:
-                genes[i] = 0
-            elif choice.parent is not None and self._gone(genes, choice.parent):
-                genes[i] = 0
-        return tuple(genes)
+        return tuple(0 if self.dropped(genome, i) else gene for i, gene in enumerate(genome))
 
-    def _gone(self, genes: Sequence[int], index: int | None) -> bool:
-        while index is not None:
-            if genes[index] and self.choices[index].removes:
+    def dropped(self, genome: Sequence[int], index: int) -> bool:
+        """Whether an ancestor of the choice is dropped."""
+        parent = self.choices[index].parent
+        while parent is not None:
+            if genome[parent] and self.choices[parent].removes:
                 return True
-            index = self.choices[index].parent
+            parent = self.choices[parent].parent
         return False
 
     def moves(self, genome: Sequence[int]) -> tuple[Move, ...]:
@@ -88,12 +84,14 @@ class Space:
             if gene
         )
 
-    def uniform(self, wanted: Mapping[str, Sequence[str]] | None = None, *, option: str = "") -> Genome:
-        """The genome that takes ``option`` wherever a choice offers it."""
+    def uniform(self, option: str, kinds: Iterable[str] | None = None) -> Genome:
+        """The genome that takes ``option`` wherever it is offered (at sites of ``kinds``, when given)."""
+        wanted = None if kinds is None else set(kinds)
         genes = []
         for choice in self.choices:
             names = [o.name for o in choice.options]
-            genes.append(names.index(option) + 1 if option in names else 0)
+            fits = option in names and (wanted is None or choice.site.kind in wanted)
+            genes.append(names.index(option) + 1 if fits else 0)
         return self.canonical(genes)
 
 
@@ -135,24 +133,13 @@ def _nest(found: Iterable[Choice]) -> tuple[Choice, ...]:
                 span |= other.span
         outer[i] = replace(choice, span=frozenset(span))
     outer.sort(key=lambda c: -len(c.span))
-    choices = outer + inner
     owner: dict[str, int] = {}
     nested: list[Choice] = []
-    for i, choice in enumerate(choices):
+    for choice in outer + inner:
         parent = owner.get(next(iter(choice.span)))
-        if parent is not None and not choice.span <= choices[parent].span:
+        if parent is not None and not choice.span <= nested[parent].span:
             continue  # overlaps partly without nesting: cannot be decided on its own
-        nested.append(replace(choice, parent=parent))
         if choice.removes:
-            owner.update(dict.fromkeys(choice.span, i))
-    return _drop_gaps(choices, nested)
-
-
-def _drop_gaps(choices: Sequence[Choice], nested: Sequence[Choice]) -> tuple[Choice, ...]:
-    """Re-number parents after partly overlapping choices were left out."""
-    position = {id(c.site): i for i, c in enumerate(nested)}
-    renumbered = []
-    for choice in nested:
-        parent = None if choice.parent is None else position.get(id(choices[choice.parent].site))
-        renumbered.append(replace(choice, parent=parent))
-    return tuple(renumbered)
+            owner.update(dict.fromkeys(choice.span, len(nested)))
+        nested.append(replace(choice, parent=parent))
+    return tuple(nested)

@@ -104,7 +104,9 @@ class _Builder:
         self.rewriter.at(next(iter(self.model.graph), None))
         sizes = self.rewriter.constant(np.ones(total, np.int64), "lamina_flag_sizes")
         self.model.graph.inputs.append(flags)
-        first = self.rewriter.op("Split", [flags, sizes], {"axis": 0}, outputs=total, name="lamina_flag_split")
+        first = self.rewriter.op(
+            "Split", [flags, sizes], {"axis": 0}, outputs=total, name="lamina_flag_split"
+        )
         self.rewriter.at(None)
         node = first.producer()
         values = iter(node.outputs if node else ())
@@ -165,7 +167,9 @@ class _Builder:
         graph.outputs.extend(inner.op("Identity", [value], name="lamina_pass") for value in results)
         return graph
 
-    def _rebuild(self, value: ir.Value, known: dict[str, ir.Value], choice: Choice, inner: Rewriter) -> ir.Value:
+    def _rebuild(
+        self, value: ir.Value, known: dict[str, ir.Value], choice: Choice, inner: Rewriter
+    ) -> ir.Value:
         """The option's version of a value: emitted, or the trailing node that makes it, copied."""
         first = self.stands_for.get(value, value)
         maker, name = self.made_by.get(first), self.name_of.get(first, "")
@@ -198,7 +202,11 @@ def _owners(nodes: Iterable[ir.Node]) -> dict[ir.Graph, ir.Node]:
     for node in nodes:
         for attribute in node.attributes.values():
             if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-                graphs = attribute.as_graphs() if attribute.type == ir.AttributeType.GRAPHS else [attribute.as_graph()]
+                graphs = (
+                    attribute.as_graphs()
+                    if attribute.type == ir.AttributeType.GRAPHS
+                    else [attribute.as_graph()]
+                )
                 for graph in graphs:
                     owners[graph] = node
                     owners.update(_owners(graph))

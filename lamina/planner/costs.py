@@ -1,0 +1,130 @@
+"""The additive cost model: what each option changes, and what conversions at its borders cost.
+
+Totals are sums of measured prices, so they are predictions; the driver measures finished models. Latency is
+in units of the original's latency on the workload (1.0: as slow as it), size in bytes, flops in FLOPs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lamina.planner.space import Genome, Space
+
+AXES = ("latency", "size", "flops")
+
+
+@dataclass(frozen=True)
+class Border:
+    """One tensor that may be int8: who writes it, who reads it, and what converting costs (latency units).
+
+    Attributes:
+        value: Name of the tensor.
+        producer: Choice that makes it, or None.
+        consumers: Choices that read it.
+        other_readers: Whether anything that no choice covers reads it.
+        quantize: Price of float -> int8.
+        dequantize: Price of int8 -> float.
+    """
+
+    value: str
+    producer: int | None
+    consumers: tuple[int, ...]
+    other_readers: bool
+    quantize: float
+    dequantize: float
+
+
+@dataclass
+class Costs:
+    """Deltas of every option on every axis, against leaving the choice alone.
+
+    Attributes:
+        space: The choices.
+        base: Axis -> value of the program with nothing changed.
+        delta: Axis -> one list a choice, one entry an option (gene 1 first).
+        borders: Tensors whose conversions cost time.
+        scale: Correction of latency deltas by (transform, kind, option), fitted on whole-model measurements.
+    """
+
+    space: Space
+    base: Mapping[str, float]
+    delta: Mapping[str, Sequence[Sequence[float]]]
+    borders: Sequence[Border] = ()
+    scale: dict[tuple[str, str, str], float] = field(default_factory=dict)
+
+    def group(self, index: int, gene: int) -> tuple[str, str, str]:
+        """The group a move's correction belongs to."""
+        choice = self.space.choices[index]
+        return choice.transform.name, choice.site.kind, choice.options[gene - 1].name
+
+    def latency_delta(self, index: int, gene: int) -> float:
+        """Corrected latency change of one option, without borders."""
+        return self.delta["latency"][index][gene - 1] * self.scale.get(self.group(index, gene), 1.0)
+
+    def reads_int8(self, index: int, gene: int) -> bool:
+        """Whether the option's nodes read int8."""
+        return gene > 0 and self.space.choices[index].options[gene - 1].input_form == "int8"
+
+    def writes_int8(self, index: int, gene: int) -> bool:
+        """Whether the option's nodes write int8."""
+        return gene > 0 and self.space.choices[index].options[gene - 1].output_form == "int8"
+
+    def predict(self, genome: Genome) -> dict[str, float]:
+        """Predicted totals of a canonical genome on every axis."""
+        totals = dict(self.base)
+        for i, gene in enumerate(genome):
+            if gene:
+                totals["latency"] += self.latency_delta(i, gene)
+                totals["size"] += self.delta["size"][i][gene - 1]
+                totals["flops"] += self.delta["flops"][i][gene - 1]
+        totals["latency"] += self.conversions(genome)
+        return totals
+
+    def conversions(self, genome: Genome) -> float:
+        """Latency of all conversions between float and int8 that the genome needs."""
+        total = 0.0
+        for border in self.borders:
+            made = border.producer is not None and self.writes_int8(border.producer, genome[border.producer])
+            alive = [c for c in border.consumers if not self.space.dropped(genome, c)]
+            readers = [self.reads_int8(c, genome[c]) for c in alive]
+            if any(readers) and not made:
+                total += border.quantize
+            if made and (border.other_readers or not all(readers)):
+                total += border.dequantize
+        return total
+
+
+def fit_scales(
+    costs: Costs, measured: Mapping[Genome, float], *, limits: tuple[float, float] = (-1.0, 3.0)
+) -> None:
+    """Fit the correction of each option group so that predictions of whole models match their measurements.
+
+    Ridge regression towards 1: a group that no measured genome uses keeps 1. A negative correction says that
+    what looked fast alone is slow inside the model.
+
+    Args:
+        costs: Changed in place.
+        measured: Genome -> measured latency in units of the original's.
+        limits: Smallest and largest correction.
+    """
+    groups = sorted({costs.group(i, g) for genome in measured for i, g in enumerate(genome) if g})
+    if not groups:
+        return
+    costs.scale.clear()
+    rows, targets = [], []
+    for genome, latency in measured.items():
+        row = np.zeros(len(groups))
+        for i, gene in enumerate(genome):
+            if gene:
+                row[groups.index(costs.group(i, gene))] += costs.latency_delta(i, gene)
+        rows.append(row)
+        targets.append(latency - costs.base["latency"] - costs.conversions(genome))
+    matrix, target = np.asarray(rows), np.asarray(targets)
+    # A weak pull to 1 settles groups that only occur together; 2 % of the largest column is noise level.
+    pull = 0.02 * max(float(np.abs(matrix).max()), 1e-9)
+    system = np.vstack([matrix, pull * np.eye(len(groups))])
+    solution, *_ = np.linalg.lstsq(system, np.concatenate([target, np.full(len(groups), pull)]), rcond=None)
+    costs.scale.update({g: float(np.clip(v, *limits)) for g, v in zip(groups, solution, strict=True)})

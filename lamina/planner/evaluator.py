@@ -1,0 +1,125 @@
+"""Judge candidates on the supergraph: one run of the model on the selection data each, no session built."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lamina.analysis.divergence import divergence
+from lamina.data import Dataset
+from lamina.errors import DataError
+from lamina.planner.space import Genome
+from lamina.planner.supergraph import Supergraph
+from lamina.quality import Metric, Outputs, standard_error
+
+
+@dataclass(frozen=True)
+class Score:
+    """Measured quality of a candidate on the first ``samples`` selection samples.
+
+    Attributes:
+        value: The metric.
+        damage: How much worse than the original on the same samples, in the budget's unit.
+        error: Standard error of ``damage`` (paired over samples).
+        samples: How many samples were used.
+    """
+
+    value: float
+    damage: float
+    error: float
+    samples: int
+
+    def bound(self, caution: float) -> float:
+        """Damage plus ``caution`` standard errors."""
+        return self.damage + caution * self.error
+
+
+class Evaluator:
+    """Scores genomes; remembers every score, and the features of the samples already run.
+
+    Args:
+        supergraph: Compiled.
+        selection: Samples candidates are judged on.
+        metric: The user's metric, or a divergence.
+    """
+
+    def __init__(self, supergraph: Supergraph, selection: Dataset, metric: Metric) -> None:
+        self.supergraph, self.selection, self.metric = supergraph, selection, metric
+        self.space = supergraph.space
+        self.batches = list(selection.batches())
+        self.runs = 0
+        self.run_seconds = 0.0
+        self._features: dict[Genome, list[np.ndarray]] = {}
+        self._reference: dict[int, Outputs] = {}
+
+    def score(self, genome: Genome, batches: int | None = None) -> Score:
+        """Score on the first ``batches`` batches (all of them when omitted).
+
+        Raises:
+            DataError: The candidate's outputs are not finite.
+        """
+        genome = self.space.canonical(genome)
+        wanted = len(self.batches) if batches is None else min(batches, len(self.batches))
+        original = self._collect(self.space.nothing, wanted)
+        candidate = original if genome == self.space.nothing else self._collect(genome, wanted)
+        if not np.isfinite(candidate).all():
+            return Score(float("nan"), float("inf"), 0.0, len(candidate))
+        base, value = self.metric.score(original), self.metric.score(candidate)
+        damage = self.metric.damage(base, value)
+        return Score(value, damage, standard_error(self.metric, original, candidate), len(candidate))
+
+    def _collect(self, genome: Genome, wanted: int) -> np.ndarray:
+        known = self._features.setdefault(genome, [])
+        for index in range(len(known), wanted):
+            batch = self.batches[index]
+            outputs = self._run(genome, batch)
+            known.append(self.metric.features(outputs, batch, self._reference_outputs(index)))
+        return np.concatenate(known[:wanted])
+
+    def _run(self, genome: Genome, batch: Dataset) -> Outputs:
+        start = time.perf_counter()
+        outputs = self.supergraph.run(genome, batch.inputs)
+        self.run_seconds += time.perf_counter() - start
+        self.runs += 1
+        return outputs
+
+    def _reference_outputs(self, index: int) -> Outputs | None:
+        """The original's outputs on a batch, when the metric compares with them; kept up to 256 MB."""
+        if self.metric.kind != "divergence":
+            return None
+        if index not in self._reference:
+            outputs = self._run(self.space.nothing, self.batches[index])
+            if sum(v.nbytes for o in self._reference.values() for v in o.values()) > 256 << 20:
+                return outputs
+            self._reference[index] = outputs
+        return self._reference[index]
+
+    def single_divergences(
+        self, probe: Dataset, kind: str, genomes: Sequence[Genome], on_done: object = None
+    ) -> list[float]:
+        """Mean output divergence of each genome from the original on ``probe``; inf where not finite."""
+        batches = list(probe.batches())
+        reference = [self._run(self.space.nothing, b) for b in batches]
+        for index, outputs in enumerate(reference):
+            for name, array in outputs.items():
+                if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+                    advice = "check the data and the model before compressing it"
+                    raise DataError(
+                        f"output '{name}' of the original model is not finite",
+                        where=f"batch {index}",
+                        advice=advice,
+                    )
+        found = []
+        for done, genome in enumerate(genomes):
+            values = [
+                divergence(kind, before, self._run(genome, batch))
+                for batch, before in zip(batches, reference, strict=True)
+            ]
+            mean = float(np.concatenate(values).mean())
+            found.append(mean if np.isfinite(mean) else float("inf"))
+            if callable(on_done):
+                on_done(done + 1, len(genomes))
+        return found

@@ -1,0 +1,155 @@
+"""The seed: a multiple-choice knapsack over measured prices and estimated damages, solved by HiGHS.
+
+min cost(x) s.t. sum damage(x) <= allowed, cost bounds, one option a site, nothing inside a dropped branch,
+and a conversion paid wherever int8 meets float. Additive damage is an assumption that the search then checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lamina.planner.costs import Costs
+from lamina.planner.space import Genome
+
+
+class _Rows:
+    """Constraint rows ``low <= coefficients . x <= high`` in coordinate form."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, int, float]] = []
+        self.low: list[float] = []
+        self.high: list[float] = []
+
+    def add(self, coefficients: Mapping[int, float], low: float, high: float) -> None:
+        row = len(self.low)
+        self.entries += [(row, column, value) for column, value in coefficients.items()]
+        self.low.append(low)
+        self.high.append(high)
+
+
+def solve(
+    costs: Costs,
+    damage: Sequence[Sequence[float]],
+    *,
+    minimize: str = "latency",
+    allowed_damage: float = np.inf,
+    bounds: Mapping[str, float] | None = None,
+    seconds: float = 5.0,
+) -> Genome | None:
+    """The best genome under the additive model, or None when no genome meets the bounds.
+
+    Args:
+        costs: Prices of every option.
+        damage: Estimated damage of every option alone; one list a choice.
+        minimize: ``latency``, ``size``, ``flops`` or ``damage``.
+        allowed_damage: Bound on the sum of damages.
+        bounds: Axis -> largest total.
+        seconds: Time limit; the best solution found so far is returned.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_matrix
+
+    first, count = [], 0
+    for choice in costs.space.choices:
+        first.append(count)
+        count += len(choice.options)
+    if not count:
+        return costs.space.nothing
+    rows = _Rows()
+    variables = count + 2 * len(costs.borders)
+    vectors = _axis_vectors(costs, damage, first, variables, count)
+    _structure(costs, first, rows)
+    _border_rows(costs, first, rows, count)
+    for axis, bound in (bounds or {}).items():
+        if axis in vectors and np.isfinite(bound):
+            rows.add(_sparse(vectors[axis]), -np.inf, bound - costs.base[axis])
+    if np.isfinite(allowed_damage):
+        rows.add(_sparse(vectors["damage"]), -np.inf, allowed_damage)
+
+    objective = vectors[minimize] + 1e-9 * vectors["damage"]
+    scale = float(np.abs(objective).max()) or 1.0
+    r, c, v = zip(*rows.entries, strict=True)
+    matrix = coo_matrix((v, (r, c)), shape=(len(rows.low), variables)).tocsr()
+    integrality = np.concatenate([np.ones(count), np.zeros(variables - count)])
+    result = milp(
+        objective / scale,
+        constraints=LinearConstraint(matrix, rows.low, rows.high),
+        bounds=Bounds(0, 1),
+        integrality=integrality,
+        options={"time_limit": seconds, "mip_rel_gap": 1e-4},
+    )
+    if result.x is None:
+        return None
+    genome = []
+    for choice, start in zip(costs.space.choices, first, strict=True):
+        taken = np.flatnonzero(result.x[start : start + len(choice.options)] > 0.5)
+        genome.append(int(taken[0]) + 1 if len(taken) else 0)
+    return costs.space.canonical(genome)
+
+
+def _axis_vectors(
+    costs: Costs, damage: Sequence[Sequence[float]], first: Sequence[int], variables: int, count: int
+) -> dict[str, np.ndarray]:
+    vectors = {axis: np.zeros(variables) for axis in ("latency", "size", "flops", "damage")}
+    for i, choice in enumerate(costs.space.choices):
+        for k in range(len(choice.options)):
+            column = first[i] + k
+            vectors["latency"][column] = costs.latency_delta(i, k + 1)
+            vectors["size"][column] = costs.delta["size"][i][k]
+            vectors["flops"][column] = costs.delta["flops"][i][k]
+            vectors["damage"][column] = max(damage[i][k], 0.0)
+    for j, border in enumerate(costs.borders):
+        vectors["latency"][count + 2 * j] = border.quantize
+        vectors["latency"][count + 2 * j + 1] = border.dequantize
+    return vectors
+
+
+def _structure(costs: Costs, first: Sequence[int], rows: _Rows) -> None:
+    for i, choice in enumerate(costs.space.choices):
+        own = {first[i] + k: 1.0 for k in range(len(choice.options))}
+        parent = choice.parent
+        if parent is not None:  # transitively: a dropped branch already excludes drops inside it
+            own |= {first[parent] + k: 1.0 for k in range(len(costs.space.choices[parent].options))}
+        rows.add(own, -np.inf, 1.0)
+        while parent is not None:
+            parent = costs.space.choices[parent].parent
+            if parent is not None:
+                more = {first[parent] + k: 1.0 for k in range(len(costs.space.choices[parent].options))}
+                rows.add({**{c: v for c, v in own.items() if c >= first[i]}, **more}, -np.inf, 1.0)
+
+
+def _border_rows(costs: Costs, first: Sequence[int], rows: _Rows, count: int) -> None:
+    def columns(index: int, side: str) -> dict[int, float]:
+        test = costs.reads_int8 if side == "reads" else costs.writes_int8
+        options = costs.space.choices[index].options
+        return {first[index] + k: 1.0 for k in range(len(options)) if test(index, k + 1)}
+
+    def dropped(index: int) -> dict[int, float]:
+        found: dict[int, float] = {}
+        parent = costs.space.choices[index].parent
+        while parent is not None:
+            found |= {first[parent] + k: 1.0 for k in range(len(costs.space.choices[parent].options))}
+            parent = costs.space.choices[parent].parent
+        return found
+
+    for j, border in enumerate(costs.borders):
+        quantize, dequantize = count + 2 * j, count + 2 * j + 1
+        made = {} if border.producer is None else columns(border.producer, "writes")
+        for consumer in border.consumers:
+            read = columns(consumer, "reads")
+            if read:  # quantize >= read - made
+                rows.add({quantize: 1.0, **{c: -v for c, v in read.items()}, **made}, 0.0, np.inf)
+            if made:  # dequantize >= made - read - dropped
+                rows.add(
+                    {dequantize: 1.0, **{c: -v for c, v in made.items()}, **read, **dropped(consumer)},
+                    0.0,
+                    np.inf,
+                )
+        if border.other_readers and made:
+            rows.add({dequantize: 1.0, **{c: -v for c, v in made.items()}}, 0.0, np.inf)
+
+
+def _sparse(vector: np.ndarray) -> dict[int, float]:
+    return {int(i): float(vector[i]) for i in np.flatnonzero(vector)}

@@ -1,0 +1,256 @@
+"""Find the best plan: knapsack seeds, then budget-preserving search on measured damage.
+
+Seeds come from the additive model; it is an assumption, so every seed is measured, and the search goes on from
+the best one by single upgrades and swaps, each judged on a few samples first and on all before it is believed
+(staged selection after EvoPress, Sieberling et al. 2024).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lamina.planner.costs import Costs
+from lamina.planner.evaluator import Evaluator, Score
+from lamina.planner.knapsack import solve
+from lamina.planner.space import Genome
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the search is after.
+
+    Attributes:
+        minimize: ``latency``, ``size``, ``flops`` or ``damage``.
+        bounds: Axis -> largest allowed total, in the units of :class:`Costs`.
+        allowed_damage: Largest damage, in the metric's damage unit; inf when unbounded.
+        caution: Standard errors added to a measured damage before it is held against the bound.
+    """
+
+    minimize: str
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    allowed_damage: float = float("inf")
+    caution: float = 1.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A genome with its predicted costs and its measured score."""
+
+    genome: Genome
+    predicted: Mapping[str, float]
+    surrogate: float
+    score: Score
+
+    def feasible(self, goal: Goal) -> bool:
+        """Whether it meets the goal: costs as predicted, damage as measured with caution."""
+        costs = all(
+            self.predicted[a] <= b * (1 + 1e-9) for a, b in goal.bounds.items() if a in self.predicted
+        )
+        return costs and self.score.bound(goal.caution) <= goal.allowed_damage
+
+    def objective(self, goal: Goal) -> float:
+        """What is minimized."""
+        return self.score.bound(goal.caution) if goal.minimize == "damage" else self.predicted[goal.minimize]
+
+
+class Search:
+    """Searches genomes within a time budget; deterministic for a seed up to when time runs out.
+
+    Args:
+        costs: Prices.
+        damage: Divergence of every option alone: one list a choice.
+        evaluator: Measures candidates.
+        goal: What to look for.
+        seconds: Time budget for measuring.
+        seed: Of the random proposals.
+        report: Called with (done seconds, total seconds, note).
+    """
+
+    def __init__(
+        self,
+        costs: Costs,
+        damage: Sequence[Sequence[float]],
+        evaluator: Evaluator,
+        goal: Goal,
+        *,
+        seconds: float = 120.0,
+        seed: int = 0,
+        report: Callable[[float, float, str], None] | None = None,
+    ) -> None:
+        self.costs, self.evaluator, self.goal = costs, evaluator, goal
+        self.damage = [[d if np.isfinite(d) else 1e9 for d in row] for row in damage]
+        self.seconds, self.random = seconds, np.random.default_rng(seed)
+        self.report = report or (lambda done, total, note: None)
+        self.archive: dict[Genome, Candidate] = {}
+        self.screen = max(1, len(evaluator.batches) // 4)
+        self.start = time.perf_counter()
+
+    # -- measuring ----------------------------------------------------------------------------------
+
+    def out_of_time(self) -> bool:
+        """Whether the time budget is spent."""
+        return time.perf_counter() - self.start > self.seconds
+
+    def surrogate(self, genome: Genome) -> float:
+        """Sum of single-site divergences."""
+        return sum(self.damage[i][g - 1] for i, g in enumerate(genome) if g)
+
+    def measure(self, genome: Genome) -> Candidate | None:
+        """Score on all samples, unless a few already show that it is hopeless; None then."""
+        genome = self.costs.space.canonical(genome)
+        if genome in self.archive:
+            return self.archive[genome]
+        if self.screen < len(self.evaluator.batches):
+            first = self.evaluator.score(genome, self.screen)
+            limit = self.goal.allowed_damage
+            if self.goal.minimize == "damage" and (best := self.best()) is not None:
+                limit = min(limit, best.score.damage)
+            if first.bound(-2.0) > limit:
+                return None
+        candidate = Candidate(
+            genome, self.costs.predict(genome), self.surrogate(genome), self.evaluator.score(genome)
+        )
+        self.archive[genome] = candidate
+        best = self.best()
+        note = "" if best is None else f"{len(self.archive)} measured, best {best.objective(self.goal):.3g}"
+        self.report(time.perf_counter() - self.start, self.seconds, note)
+        return candidate
+
+    def best(self) -> Candidate | None:
+        """The best feasible candidate so far."""
+        feasible = [c for c in self.archive.values() if c.feasible(self.goal)]
+        return min(feasible, key=lambda c: (c.objective(self.goal), c.surrogate), default=None)
+
+    # -- searching ----------------------------------------------------------------------------------
+
+    def run(self) -> list[Candidate]:
+        """All measured candidates; feasible ones first, best first."""
+        self.measure(self.costs.space.nothing)
+        if self.goal.minimize == "damage":
+            self._seed_by_cost()
+        else:
+            self._seed_by_damage()
+        self._improve()
+        goal = self.goal
+        return sorted(
+            self.archive.values(), key=lambda c: (not c.feasible(goal), c.objective(goal), c.surrogate)
+        )
+
+    def _solve(self, allowed: float) -> Genome | None:
+        return solve(
+            self.costs,
+            self.damage,
+            minimize=self.goal.minimize,
+            allowed_damage=allowed,
+            bounds=self.goal.bounds,
+        )
+
+    def _seed_by_cost(self) -> None:
+        for slack in (1.0, 0.98, 0.95, 0.9):
+            bounds = {axis: bound * slack for axis, bound in self.goal.bounds.items()}
+            genome = solve(self.costs, self.damage, minimize="damage", bounds=bounds)
+            if genome is not None:
+                self.measure(genome)
+
+    def _seed_by_damage(self) -> None:
+        """Walk the surrogate bound from loose to tight, then bisect around where feasibility changes."""
+        positive = [d for row in self.damage for d in row if 0 < d < 1e8]
+        if not positive:
+            return
+        low, high = (
+            min(positive) / 2,
+            sum(max(row, default=0.0) for row in self.damage if max(row, default=0.0) < 1e8),
+        )
+        low, high = float(np.log(low)), float(np.log(max(high, 2 * low)))
+        for _ in range(9):
+            if self.out_of_time() and self.best() is not None:
+                return
+            middle = (low + high) / 2
+            genome = self._solve(float(np.exp(middle)))
+            candidate = None if genome is None else self.measure(genome)
+            if genome is None or (candidate is not None and candidate.feasible(self.goal)):
+                low = middle
+            else:
+                high = middle
+
+    def _improve(self) -> None:
+        """Upgrades and swaps from the best candidate until time is out or nothing helps."""
+        tried: set[Genome] = set()
+        weight = np.ones(len(self.damage))  # learned: how much worse than its surrogate a choice proved
+        while not self.out_of_time():
+            best = self.best()
+            if best is None:
+                return
+            improved = False
+            for genome, changed in self._proposals(best.genome, weight):
+                if self.out_of_time():
+                    return
+                if genome in tried or genome in self.archive:
+                    continue
+                tried.add(genome)
+                candidate = self.measure(genome)
+                good = candidate is not None and candidate.feasible(self.goal)
+                weight[changed] *= 0.8 if good else 1.6
+                if (
+                    good
+                    and candidate is not None
+                    and candidate.objective(self.goal) < best.objective(self.goal)
+                ):
+                    improved = True
+                    break
+            if not improved:
+                return
+
+    def _proposals(self, genome: Genome, weight: np.ndarray) -> Iterator[tuple[Genome, list[int]]]:
+        """Better-by-prediction neighbours: single changes by gain per damage, then random swaps."""
+        now = self._value(genome)
+        singles = []
+        for i, choice in enumerate(self.costs.space.choices):
+            for gene in range(len(choice.options) + 1):
+                if gene == genome[i]:
+                    continue
+                other = self.costs.space.canonical((*genome[:i], gene, *genome[i + 1 :]))
+                gain = now - self._value(other)
+                if gain > 1e-6 and self._affordable(other):
+                    risk = max(self.surrogate(other) - self.surrogate(genome), 1e-9) * weight[i]
+                    singles.append((gain / risk, other, [i]))
+        singles.sort(key=lambda s: -s[0])
+        yield from ((other, changed) for _, other, changed in singles[:24])
+        yield from self._swaps(genome, weight, now)
+
+    def _swaps(self, genome: Genome, weight: np.ndarray, now: float) -> Iterator[tuple[Genome, list[int]]]:
+        """Undo one or two moves, redo others; kept when the prediction is still better."""
+        count = len(genome)
+        taken = [i for i, g in enumerate(genome) if g]
+        for _ in range(200):
+            genes = list(genome)
+            undo = (
+                self.random.choice(
+                    taken, size=min(len(taken), int(self.random.integers(1, 3))), replace=False
+                )
+                if taken
+                else []
+            )
+            for i in undo:
+                genes[i] = 0
+            changed = [int(i) for i in undo]
+            for i in self.random.permutation(count)[: int(self.random.integers(1, 4))]:
+                if i not in changed:
+                    genes[i] = int(self.random.integers(0, len(self.costs.space.choices[i].options) + 1))
+                    changed.append(int(i))
+            other = self.costs.space.canonical(genes)
+            if self._value(other) < now - 1e-6 and self._affordable(other):
+                yield other, changed
+
+    def _value(self, genome: Genome) -> float:
+        if self.goal.minimize == "damage":
+            return self.surrogate(genome)
+        return self.costs.predict(genome)[self.goal.minimize]
+
+    def _affordable(self, genome: Genome) -> bool:
+        predicted = self.costs.predict(genome)
+        return all(predicted[a] <= b for a, b in self.goal.bounds.items() if a in predicted)
