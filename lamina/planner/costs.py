@@ -6,8 +6,8 @@ in units of the original's latency on the workload (1.0: as slow as it), size in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -71,6 +71,49 @@ class Costs:
     def writes_int8(self, index: int, gene: int) -> bool:
         """Whether the option's nodes write int8."""
         return gene > 0 and self.space.choices[index].options[gene - 1].output_form == "int8"
+
+    def restrict(self, axes: Collection[str]) -> Costs:
+        """The same costs without options that help on none of ``axes``.
+
+        An int8 option stays unless it loses more than its conversions could ever give back: it may pay
+        by keeping a neighbour in int8. A little slack allows for prices that a whole model corrects.
+        """
+        kept = [
+            [k for k in range(len(c.options)) if self._useful(i, k + 1, axes)]
+            for i, c in enumerate(self.space.choices)
+        ]
+        stay = [i for i, options in enumerate(kept) if options]
+        position = {old: new for new, old in enumerate(stay)}
+        choices = tuple(
+            replace(
+                self.space.choices[i],
+                options=tuple(self.space.choices[i].options[k] for k in kept[i]),
+                parent=None if (p := self.space.choices[i].parent) is None else position[p],
+            )
+            for i in stay
+        )
+        delta = {axis: [[rows[i][k] for k in kept[i]] for i in stay] for axis, rows in self.delta.items()}
+        borders = [
+            replace(
+                b,
+                producer=None if b.producer is None else position.get(b.producer),
+                consumers=tuple(position[c] for c in b.consumers if c in position),
+                other_readers=b.other_readers or any(c not in position for c in b.consumers),
+            )
+            for b in self.borders
+        ]
+        return Costs(replace(self.space, choices=choices), self.base, delta, borders)
+
+    def _useful(self, index: int, gene: int, axes: Collection[str]) -> bool:
+        if self.space.choices[index].removes:
+            return True
+        if {"size", "memory"} & set(axes) and self.delta["size"][index][gene - 1] < 0:
+            return True
+        slack = 0.002 * self.base["latency"]
+        if self.reads_int8(index, gene) or self.writes_int8(index, gene):
+            near = [b for b in self.borders if index == b.producer or index in b.consumers]
+            slack += sum(b.quantize + b.dequantize for b in near)
+        return self.latency_delta(index, gene) < slack
 
     def predict(self, genome: Genome) -> dict[str, float]:
         """Predicted totals of a canonical genome on every axis."""

@@ -30,13 +30,11 @@ class Supergraph:
     Attributes:
         space: The choices, in flag order.
         model: The ONNX program; its input :data:`FLAGS` is bool, one element an option of a choice.
-        option_bytes: Per choice and option, bytes of the weights the option stores.
         executable: The compiled model; set it before :meth:`run`.
     """
 
     space: Space
     model: ir.Model
-    option_bytes: tuple[tuple[int, ...], ...]
     executable: Executable | None = None
 
     def flags(self, genome: Sequence[int]) -> np.ndarray:
@@ -67,7 +65,26 @@ def build_supergraph(space: Space) -> Supergraph:
     builder = _Builder(model, space)
     for index in sorted(range(len(space.choices)), key=lambda i: len(space.choices[i].span)):
         builder.wrap(index)
-    return Supergraph(space, model, tuple(builder.option_bytes))
+    return Supergraph(space, model)
+
+
+def stored_bytes(space: Space) -> list[list[int]]:
+    """Bytes of the weights each option of each choice stores, read off what it emits."""
+    model = space.program.clone().model
+    every = [Move(c.site, o) for c in space.choices for o in c.options]
+    raise_opset(model, max(required_opset(every), space.program.opset))
+    rewriter = Rewriter(model)
+    found = []
+    for choice in space.choices:
+        nodes = {name: rewriter.node(name) for name in choice.site.nodes}
+        row = []
+        for option in choice.options:
+            scratch = ir.Graph([], [], nodes=[], name="lamina_scratch")
+            choice.transform.emit(choice.site, option, Rewriter(model, scratch, parent=rewriter), nodes)
+            weights = (v.const_value for v in scratch.initializers.values())
+            row.append(sum(w.nbytes for w in weights if w is not None))
+        found.append(row)
+    return found
 
 
 class _Builder:
@@ -85,7 +102,6 @@ class _Builder:
         self.holder = {n: n for n in originals}  # original node -> the top-level node it is in now
         self.owner = _owners(originals)  # subgraph -> the node that runs it
         self.stands_for: dict[ir.Value, ir.Value] = {}  # output of an If -> original value
-        self.option_bytes: list[tuple[int, ...]] = [()] * len(space.choices)
         self.flags = self._split_flags()
 
     def _free_interface(self) -> None:
@@ -120,8 +136,6 @@ class _Builder:
         readers = self._outside_readers(nodes)
         outputs = list(readers)
         graphs = [self._option_graph(choice, k, outputs) for k in range(len(choice.options))]
-        self.option_bytes[index] = tuple(_stored_bytes(g) for g in graphs)
-
         place = ir.node("Identity", [self.flags[index][0]], name="lamina_place")
         self.model.graph.insert_after(nodes[-1], place)
         self.model.graph.remove(nodes)
@@ -211,7 +225,3 @@ def _owners(nodes: Iterable[ir.Node]) -> dict[ir.Graph, ir.Node]:
                     owners[graph] = node
                     owners.update(_owners(graph))
     return owners
-
-
-def _stored_bytes(graph: ir.Graph) -> int:
-    return sum(v.const_value.nbytes for v in graph.initializers.values() if v.const_value is not None)

@@ -1,0 +1,190 @@
+"""Everything the search needs: statistics, the space, prices, the supergraph, single-site damages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lamina.analysis.cost import CostResult, cost
+from lamina.analysis.divergence import default_divergence
+from lamina.analysis.statistics import Statistics, collect
+from lamina.backends import get_backend
+from lamina.backends.backend import Target
+from lamina.ir.io import serialized_size
+from lamina.ir.shapes import observed_shapes
+from lamina.passes import get_transform
+from lamina.passes.pass_ import Site
+from lamina.planner.costs import Costs, fit_scales
+from lamina.planner.evaluator import Evaluator
+from lamina.planner.forms import Folded
+from lamina.planner.prices import Prices
+from lamina.planner.pricing import build_costs
+from lamina.planner.plan import Plan
+from lamina.planner.realize import Realized, realize
+from lamina.planner.request import Request
+from lamina.planner.space import Genome, Space, build_space
+from lamina.planner.supergraph import build_supergraph
+from lamina.planner.timing import Stopwatch
+
+
+@dataclass
+class Prepared:
+    """What one optimization knows before it searches.
+
+    Attributes:
+        folded: The program the sites belong to, and how it was made.
+        plan: The plan with folds but no moves yet.
+        statistics: From the calibration run.
+        costs: Prices of the options that can help.
+        original_cost: FLOPs, parameters and the like of the original.
+        whole: Genome -> latency ratio measured on the finished model.
+    """
+
+    folded: Folded
+    plan: Plan
+    statistics: Statistics
+    costs: Costs
+    original_cost: CostResult
+    whole: dict[Genome, float] = field(default_factory=dict)
+
+
+def prepare(request: Request, folded: Folded, stopwatch: Stopwatch) -> Prepared:
+    """Run every analysis the search needs."""
+    progress, program = request.progress, folded.program
+    transforms = [get_transform(name) for name in request.transforms]
+    with progress.stage("analyze"):
+        sites = [s for t in transforms for s in t.sites(program) if isinstance(s, Site)]
+        wanted = sorted({v for s in sites if s.transform != "drop" for v in (*s.inputs, *s.outputs)})
+        statistics = collect(
+            program,
+            request.splits.calibration,
+            ranges=wanted,
+            progress=lambda done, total: progress.update("analyze", done, total),
+        )
+        space = build_space(program, transforms, statistics, request.target)
+    with progress.stage("price"):
+        costs, original_cost = _price(request, folded, space, stopwatch)
+    plan = Plan(request.program.fingerprint, folded.names, target=str(request.target))
+    prepared = Prepared(folded, plan, statistics, costs, original_cost)
+    with progress.stage("price"):
+        _measure_groups(request, prepared, stopwatch)
+    return prepared
+
+
+def sensitivity(request: Request, prepared: Prepared) -> tuple[Evaluator, list[list[float]]]:
+    """Compile the supergraph, for all cores as quality does not depend on them, and judge every option alone."""
+    supergraph = build_supergraph(prepared.costs.space)
+    every_core = Target.parse("ort:cpu")
+    supergraph.executable = get_backend(every_core).compile(supergraph.model, every_core)
+    evaluator = Evaluator(supergraph, request.splits.selection, request.metric)
+    return evaluator, _single_damages(request, prepared, evaluator)
+
+
+def _price(
+    request: Request, folded: Folded, space: Space, stopwatch: Stopwatch
+) -> tuple[Costs, CostResult]:
+    program, workload = folded.program, request.workload
+    shapes = {case.name: observed_shapes(program, case.feeds) for case in workload}
+    heaviest = max(workload, key=lambda c: sum(a.size for a in c.feeds.values()))
+    program_cost = cost(program, heaviest.feeds)
+    original_cost = cost(request.program, heaviest.feeds)
+    prices = Prices(request.target, request.backend)
+    base = {
+        "latency": folded.relative.ratio,
+        "size": float(serialized_size(program.model)),
+        "flops": float(program_cost.flops),
+    }
+    costs = build_costs(
+        space,
+        prices,
+        workload,
+        shapes,
+        base,
+        stopwatch.original_seconds(),
+        {o.name: float(o.flops) for o in program_cost.operators},
+    )
+    axes = {request.minimize, *(b.axis for b in request.budget.costs)}
+    return costs.restrict(axes), original_cost
+
+
+def group_genomes(space: Space) -> list[Genome]:
+    """Genomes that take one option everywhere, or at all sites of one kind: they calibrate the prices."""
+    kinds: dict[str, dict[str, int]] = {}
+    for choice in space.choices:
+        for option in choice.options:
+            counts = kinds.setdefault(option.name, {})
+            counts[choice.site.kind] = counts.get(choice.site.kind, 0) + 1
+    genomes: list[Genome] = []
+    for option, counts in kinds.items():
+        if option != "drop":
+            genomes.append(space.uniform(option))
+        if len(counts) > 1:
+            genomes += [space.uniform(option, [kind]) for kind in counts]
+        elif option == "drop":
+            genomes.append(_every_other(space))
+    return list(dict.fromkeys(g for g in genomes if any(g)))
+
+
+def _every_other(space: Space) -> Genome:
+    seen, genes = 0, []
+    for choice in space.choices:
+        seen += choice.removes
+        genes.append(int(choice.removes and seen % 2 == 0))
+    return space.canonical(genes)
+
+
+def _measure_groups(request: Request, prepared: Prepared, stopwatch: Stopwatch) -> None:
+    """Build whole models of uniform genomes, time them, and correct the prices by what they show."""
+    costs = prepared.costs
+    genomes = [g for g in group_genomes(costs.space) if _worth_building(request, costs, g)]
+    models = []
+    for done, genome in enumerate(genomes):
+        request.progress.update("price", done, len(genomes), "whole models")
+        models.append(build(request, prepared, genome).program.model)
+    if not models:
+        return
+    seconds = min(12.0, 1.2 * (len(models) + 1))
+    for genome, relative in zip(genomes, stopwatch.compare(models, seconds=seconds), strict=True):
+        prepared.whole[genome] = relative.ratio
+    fit_scales(costs, prepared.whole)
+
+
+def _worth_building(request: Request, costs: Costs, genome: Genome) -> bool:
+    """Options that only ever cost time need no whole model to prove it, unless size is what counts."""
+    names = {costs.space.choices[i].options[g - 1].name for i, g in enumerate(genome) if g}
+    return "drop" in names or costs.predict(genome)["latency"] < costs.base["latency"]
+
+
+def build(request: Request, prepared: Prepared, genome: Genome, *, recalibrate: bool = False) -> Realized:
+    """The finished program of a genome and its plan."""
+    moves = prepared.costs.space.moves(genome)
+    calibration = request.splits.calibration if recalibrate else None
+    return realize(
+        prepared.folded.program, prepared.plan, moves, calibration, prepared.statistics, request.target
+    )
+
+
+def _single_damages(request: Request, prepared: Prepared, evaluator: Evaluator) -> list[list[float]]:
+    """Divergence of every option alone, on as many probe samples as a quarter of the time allows."""
+    space = prepared.costs.space
+    genomes, where = [], []
+    for i, choice in enumerate(space.choices):
+        for k in range(len(choice.options)):
+            genomes.append((*space.nothing[:i], k + 1, *space.nothing[i + 1 :]))
+            where.append((i, k))
+    if not genomes:
+        return []
+    selection = request.splits.selection
+    evaluator.score(space.nothing, 1)
+    per_batch = evaluator.run_seconds / max(evaluator.runs, 1)
+    batches = int(np.clip(0.25 * request.seconds / max(per_batch * len(genomes), 1e-9), 1, 4))
+    probe = selection.rows(slice(0, batches * selection.batch_size))
+    kind = request.metric.divergence or default_divergence(prepared.folded.program)
+    values = evaluator.single_divergences(
+        probe, kind, genomes, lambda done, total: request.progress.update("sensitivity", done, total)
+    )
+    damage: list[list[float]] = [[0.0] * len(c.options) for c in space.choices]
+    for (i, k), value in zip(where, values, strict=True):
+        damage[i][k] = value
+    return damage

@@ -1,0 +1,115 @@
+"""Turn measured prices into the planner's cost model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lamina.backends.backend import Workload
+from lamina.ir.program import Program
+from lamina.planner.costs import Border, Costs
+from lamina.planner.prices import Prices
+from lamina.planner.space import Choice, Space
+from lamina.planner.supergraph import stored_bytes
+
+Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[np.generic]]]
+
+
+def build_costs(
+    space: Space,
+    prices: Prices,
+    workload: Workload,
+    shapes: Mapping[str, Shapes],
+    base: Mapping[str, float],
+    original_s: Sequence[float],
+    operator_flops: Mapping[str, float],
+) -> Costs:
+    """The cost model of a space from its prices.
+
+    Args:
+        space: The choices to price.
+        prices: Where prices are measured and kept.
+        workload: The shapes that matter.
+        shapes: Case name -> value name -> (shape, dtype) of the folded program.
+        base: Totals of the folded program with no move: ``latency`` in units of the original, ``size``, ``flops``.
+        original_s: Latency of the original on each case, seconds.
+        operator_flops: Node name -> FLOPs on the heaviest case.
+    """
+    requests = [(c.site, c.transform, c.options) for c in space.choices]
+    table = prices.price(space.program, requests, workload)
+    weights = [case.weight / seconds for case, seconds in zip(workload, original_s, strict=True)]
+
+    def relative(choice: Choice, option: str) -> float:
+        key = (choice.transform.name, choice.site.name, option)
+        return sum(w * table[(*key, case.name)] for w, case in zip(weights, workload, strict=True))
+
+    latency = [[relative(c, o.name) - relative(c, "float") for o in c.options] for c in space.choices]
+    size = [
+        [float(stored - _own_weight_bytes(space, c)) for stored in row]
+        for c, row in zip(space.choices, stored_bytes(space), strict=True)
+    ]
+    flops = [
+        [-sum(operator_flops.get(n, 0.0) for n in c.site.nodes) if o.name == "drop" else 0.0 for o in c.options]
+        for c in space.choices
+    ]
+    borders = _borders(space, prices, workload, weights, shapes)
+    return Costs(space, dict(base), {"latency": latency, "size": size, "flops": flops}, borders)
+
+
+def _own_weight_bytes(space: Space, choice: Choice) -> float:
+    """Bytes that leave the file with the site; a weight shared with n operators counts 1/n."""
+    initializers = space.program.graph.initializers
+    inside = set(choice.site.nodes)
+    total = 0.0
+    for name in choice.site.weights:
+        value = initializers.get(name)
+        if value is None or value.const_value is None:
+            continue
+        uses = [use.node.name in inside for use in value.uses()]
+        total += value.const_value.nbytes * sum(uses) / max(len(uses), 1)
+    return total
+
+
+def _borders(
+    space: Space,
+    prices: Prices,
+    workload: Workload,
+    weights: Sequence[float],
+    shapes: Mapping[str, Shapes],
+) -> list[Border]:
+    int8 = [any(o.input_form == "int8" or o.output_form == "int8" for o in c.options) for c in space.choices]
+    makers = {v: i for i, c in enumerate(space.choices) if int8[i] for v in c.site.outputs}
+    readers: dict[str, list[int]] = {}
+    for i, choice in enumerate(space.choices):
+        if int8[i]:
+            for value in choice.site.inputs:
+                readers.setdefault(value, []).append(i)
+    uses = _use_counts(space.program)
+    borders = []
+    for value in sorted(set(makers) | set(readers)):
+        if not all(value in shapes[case.name] for case in workload):
+            continue
+        consumers = tuple(dict.fromkeys(readers.get(value, ())))
+        sizes = [shapes[case.name][value][0] for case in workload]
+        cost = {
+            kind: sum(
+                w * prices.border(shape, kind, case.name)
+                for w, shape, case in zip(weights, sizes, workload, strict=True)
+            )
+            for kind in ("quantize", "dequantize")
+        }
+        others = uses[value] > len(consumers)
+        borders.append(
+            Border(value, makers.get(value), consumers, others, cost["quantize"], cost["dequantize"])
+        )
+    return borders
+
+
+def _use_counts(program: Program) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for node in program.graph.all_nodes():
+        counts.update({v.name for v in node.inputs if v is not None and v.name})
+    counts.update(v.name for v in program.graph.outputs if v.name)
+    return counts

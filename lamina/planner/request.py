@@ -1,0 +1,47 @@
+"""What the user asked for, understood and checked before any work starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lamina.backends.backend import Backend, Target, Workload
+from lamina.budget import Budget
+from lamina.data import Splits
+from lamina.ir.program import Program
+from lamina.progress import Progress
+from lamina.quality import Metric
+
+
+@dataclass(frozen=True)
+class Request:
+    """One optimization.
+
+    Attributes:
+        program: The captured model.
+        budget: Bounds.
+        splits: Disjoint calibration, selection and report samples.
+        synthetic_data: Whether the samples were made up from shapes.
+        metric: The user's metric, or the default divergence.
+        target: Where the result runs.
+        backend: The target's backend.
+        workload: Shapes that latency is measured on.
+        transforms: Names of the transforms to use.
+        minimize: What the budget leaves to minimize: ``latency``, ``size``, ``flops``, ``memory``, ``damage``.
+        seconds: Time for measuring candidates.
+        seed: Of search and timing order.
+        progress: Receives progress.
+    """
+
+    program: Program
+    budget: Budget
+    splits: Splits
+    synthetic_data: bool
+    metric: Metric
+    target: Target
+    backend: Backend
+    workload: Workload
+    transforms: tuple[str, ...]
+    minimize: str
+    seconds: float
+    seed: int
+    progress: Progress
