@@ -45,6 +45,7 @@ class Costs:
         space: The choices.
         base: Axis -> value of the program with nothing changed.
         delta: Axis -> one list a choice, one entry an option (gene 1 first).
+        share: Per choice, latency of its float nodes (what dropping it can save at most).
         borders: Tensors whose conversions cost time.
         scale: Correction of latency deltas by (transform, kind, option), fitted on whole-model measurements.
     """
@@ -52,6 +53,7 @@ class Costs:
     space: Space
     base: Mapping[str, float]
     delta: Mapping[str, Sequence[Sequence[float]]]
+    share: Sequence[float] = ()
     borders: Sequence[Border] = ()
     scale: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
@@ -102,7 +104,8 @@ class Costs:
             )
             for b in self.borders
         ]
-        return Costs(replace(self.space, choices=choices), self.base, delta, borders)
+        share = [self.share[i] for i in stay]
+        return Costs(replace(self.space, choices=choices), self.base, delta, share, borders)
 
     def _useful(self, index: int, gene: int, axes: Collection[str]) -> bool:
         if self.space.choices[index].removes:

@@ -18,9 +18,9 @@ from lamina.passes.pass_ import Site
 from lamina.planner.costs import Costs, fit_scales
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.forms import Folded
+from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs
-from lamina.planner.plan import Plan
 from lamina.planner.realize import Realized, realize
 from lamina.planner.request import Request
 from lamina.planner.space import Genome, Space, build_space
@@ -73,7 +73,7 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch) -> Prepared:
 
 
 def sensitivity(request: Request, prepared: Prepared) -> tuple[Evaluator, list[list[float]]]:
-    """Compile the supergraph, for all cores as quality does not depend on them, and judge every option alone."""
+    """Compile the supergraph for all cores (quality does not depend on them); judge every option alone."""
     supergraph = build_supergraph(prepared.costs.space)
     every_core = Target.parse("ort:cpu")
     supergraph.executable = get_backend(every_core).compile(supergraph.model, every_core)
@@ -81,9 +81,7 @@ def sensitivity(request: Request, prepared: Prepared) -> tuple[Evaluator, list[l
     return evaluator, _single_damages(request, prepared, evaluator)
 
 
-def _price(
-    request: Request, folded: Folded, space: Space, stopwatch: Stopwatch
-) -> tuple[Costs, CostResult]:
+def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch) -> tuple[Costs, CostResult]:
     program, workload = folded.program, request.workload
     shapes = {case.name: observed_shapes(program, case.feeds) for case in workload}
     heaviest = max(workload, key=lambda c: sum(a.size for a in c.feeds.values()))
@@ -101,7 +99,7 @@ def _price(
         workload,
         shapes,
         base,
-        stopwatch.original_seconds(),
+        stopwatch.baseline_s,
         {o.name: float(o.flops) for o in program_cost.operators},
     )
     axes = {request.minimize, *(b.axis for b in request.budget.costs)}

@@ -33,7 +33,7 @@ def build_costs(
         prices: Where prices are measured and kept.
         workload: The shapes that matter.
         shapes: Case name -> value name -> (shape, dtype) of the folded program.
-        base: Totals of the folded program with no move: ``latency`` in units of the original, ``size``, ``flops``.
+        base: Totals of the folded program with no move, by axis.
         original_s: Latency of the original on each case, seconds.
         operator_flops: Node name -> FLOPs on the heaviest case.
     """
@@ -45,17 +45,23 @@ def build_costs(
         key = (choice.transform.name, choice.site.name, option)
         return sum(w * table[(*key, case.name)] for w, case in zip(weights, workload, strict=True))
 
-    latency = [[relative(c, o.name) - relative(c, "float") for o in c.options] for c in space.choices]
+    share = [relative(c, "float") for c in space.choices]
+    latency = [
+        [relative(c, o.name) - f for o in c.options] for c, f in zip(space.choices, share, strict=True)
+    ]
     size = [
         [float(stored - _own_weight_bytes(space, c)) for stored in row]
         for c, row in zip(space.choices, stored_bytes(space), strict=True)
     ]
     flops = [
-        [-sum(operator_flops.get(n, 0.0) for n in c.site.nodes) if o.name == "drop" else 0.0 for o in c.options]
+        [
+            -sum(operator_flops.get(n, 0.0) for n in c.site.nodes) if o.name == "drop" else 0.0
+            for o in c.options
+        ]
         for c in space.choices
     ]
     borders = _borders(space, prices, workload, weights, shapes)
-    return Costs(space, dict(base), {"latency": latency, "size": size, "flops": flops}, borders)
+    return Costs(space, dict(base), {"latency": latency, "size": size, "flops": flops}, share, borders)
 
 
 def _own_weight_bytes(space: Space, choice: Choice) -> float:

@@ -57,9 +57,7 @@ def reproduce(captured: Program, plan: Plan) -> Program:
     return apply_named(program, plan.finishing)
 
 
-def _recalibrate(
-    program: Program, moves: Sequence[Move], calibration: Dataset, target: Target
-) -> list[Move]:
+def _recalibrate(program: Program, moves: Sequence[Move], calibration: Dataset, target: Target) -> list[Move]:
     needing = [m for m in moves if "ranges" in get_transform(m.site.transform).needs]
     if not needing:
         return list(moves)
@@ -69,7 +67,9 @@ def _recalibrate(
         for site in get_transform(name).sites(program)
         if isinstance(site, Site)
     }
-    found = [sites[m.site.transform, m.site.name] for m in needing if (m.site.transform, m.site.name) in sites]
+    found = [
+        sites[m.site.transform, m.site.name] for m in needing if (m.site.transform, m.site.name) in sites
+    ]
     wanted = sorted({v for site in found for v in (*site.inputs, *site.outputs)})
     statistics = collect(program, calibration, ranges=wanted)
     renewed = []

@@ -26,7 +26,7 @@ class Request:
         backend: The target's backend.
         workload: Shapes that latency is measured on.
         transforms: Names of the transforms to use.
-        minimize: What the budget leaves to minimize: ``latency``, ``size``, ``flops``, ``memory``, ``damage``.
+        minimize: What to make least: ``latency``, ``size``, ``flops``, ``memory``, ``damage``.
         seconds: Time for measuring candidates.
         seed: Of search and timing order.
         progress: Receives progress.

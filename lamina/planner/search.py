@@ -1,8 +1,8 @@
 """Find the best plan: knapsack seeds, then budget-preserving search on measured damage.
 
-Seeds come from the additive model; it is an assumption, so every seed is measured, and the search goes on from
-the best one by single upgrades and swaps, each judged on a few samples first and on all before it is believed
-(staged selection after EvoPress, Sieberling et al. 2024).
+Seeds come from the additive model; it is an assumption, so every seed is measured, and the search goes on
+from the best one by single upgrades and swaps, each judged on a few samples first and on all before it is
+believed (staged selection after EvoPress, Sieberling et al. 2024).
 """
 
 from __future__ import annotations

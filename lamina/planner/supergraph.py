@@ -1,7 +1,7 @@
 """The supergraph: one model that can run every candidate; a candidate is a vector of flags.
 
-Each choice becomes an ONNX ``If`` on one element of a boolean input: an option's nodes in one branch, what was
-there before in the other. Nested choices nest. One session is built; evaluating a candidate is one run.
+Each choice becomes an ONNX ``If`` on one element of a boolean input: an option's nodes in one branch, what
+was there before in the other. Nested choices nest. One session is built; a candidate costs one run.
 """
 
 from __future__ import annotations

@@ -49,14 +49,22 @@ class Stopwatch:
     """
 
     def __init__(
-        self, backend: Backend, target: Target, workload: Workload, original: ir.Model, folder: Path, seed: int = 0
+        self,
+        backend: Backend,
+        target: Target,
+        workload: Workload,
+        original: ir.Model,
+        folder: Path,
+        seed: int = 0,
     ) -> None:
         self.workload, self.folder = workload, folder
         self._count = 0
         self.timer = backend.timer(target, workload, seed=seed)
-        self.original = self.timer.add(self._write(original))
+        self.original = self.timer.add(self.write(original))
+        self.baseline_s = self._original_seconds(seconds=1.0)
 
-    def _write(self, model: ir.Model) -> Path:
+    def write(self, model: ir.Model) -> Path:
+        """Save a model where a worker process can load it."""
         self._count += 1
         path = self.folder / f"candidate{self._count}.onnx"
         save_model(model, path)
@@ -64,25 +72,24 @@ class Stopwatch:
 
     def compare(self, models: Sequence[ir.Model], *, seconds: float) -> list[Relative]:
         """Time models and the original in turn for about ``seconds``; their processes end afterwards."""
-        ids = [self.timer.add(self._write(model)) for model in models]
+        ids = [self.timer.add(self.write(model)) for model in models]
         try:
             timings = self.timer.time([self.original, *ids], None, seconds)
         finally:
             for number in ids:
                 self.timer.remove(number)
-        self.last = timings
         return [self._relative(timings, number) for number in ids]
 
     def latencies(self, model: ir.Model, *, seconds: float) -> tuple[list[Latency], list[Latency], Relative]:
         """Original's and model's latency per case from one alternating measurement, and their ratio."""
-        number = self.timer.add(self._write(model))
+        number = self.timer.add(self.write(model))
         timings = self.timer.time([self.original, number], None, seconds)
         self.timer.remove(number)
         before = [timings.latency(self.original, case.name) for case in self.workload]
         after = [timings.latency(number, case.name) for case in self.workload]
         return before, after, self._relative(timings, number)
 
-    def original_seconds(self, *, seconds: float = 1.0) -> list[float]:
+    def _original_seconds(self, *, seconds: float) -> list[float]:
         """Median latency of the original on each case."""
         timings = self.timer.time([self.original], None, seconds)
         return [timings.latency(self.original, case.name).median_s for case in self.workload]

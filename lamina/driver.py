@@ -1,0 +1,201 @@
+"""The driver: capture, fold, find, analyze, price, plan, apply, verify, measure."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lamina.backends import get_backend
+from lamina.backends.backend import Target
+from lamina.budget import Budget
+from lamina.data import load_splits
+from lamina.errors import PassError
+from lamina.ir.capture import capture
+from lamina.ir.program import Program
+from lamina.ir.verify import check, verify_structure
+from lamina.passes import get_transform, transform_names
+from lamina.planner.evaluator import Evaluator
+from lamina.planner.evidence import Final, evidence, front, with_reasons
+from lamina.planner.finish import Builder, Verdict, choose
+from lamina.planner.forms import pick_forms
+from lamina.planner.goal import make_goal
+from lamina.planner.plan import Plan
+from lamina.planner.prepare import Prepared, prepare, sensitivity
+from lamina.planner.realize import reproduce
+from lamina.planner.request import Request
+from lamina.planner.search import Candidate, Goal, Search
+from lamina.planner.timing import Stopwatch
+from lamina.progress import Progress
+from lamina.quality import get_metric
+from lamina.result import Result, read_plan
+from lamina.workload import parse_workload
+
+# Wall seconds of the last measurement, original and result in alternation.
+FINAL_SECONDS = 6.0
+
+
+def optimize(
+    model: Any,
+    budget: str | Budget | None = None,
+    *,
+    data: Any = None,
+    metric: Any = None,
+    target: str | Target = "ort:cpu",
+    workload: Any = None,
+    transforms: Sequence[str] | None = None,
+    minimize: str | None = None,
+    seconds: float = 120.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    progress: Progress | None = None,
+    **bounds: Any,
+) -> Result:
+    """Make a model smaller and faster within a measured budget.
+
+    Args:
+        model: A path, ``onnx.ModelProto``, ``onnx_ir.Model``, ``torch.nn.Module`` (with ``example_inputs``),
+            ``torch.export.ExportedProgram`` or ``torch.fx.GraphModule``.
+        budget: ``"latency<=0.5x, size<=10MB, drop<=1%"``; or keywords: ``latency="0.5x", drop="1%"``.
+        data: ``.npz`` path, a directory of them, arrays by input name, or any iterable of samples; or a
+            mapping ``{"calibration": ..., "selection": ..., "report": ...}``. None: synthesized inputs.
+        metric: ``top1``, ``perplexity``, ``cross-entropy``, ``spearman``, ``cosine``, ``kl``,
+            ``module:function`` or a callable ``f(outputs, data) -> float`` (higher is better). None: output
+            divergence.
+        target: ``ort:cpu?threads=2``, ``tvm:llvm?threads=2``.
+        workload: Shapes that matter, ``"1x128@0.2; 1x1@0.8"``. None: batch 1.
+        transforms: Names of transforms to use; all by default.
+        minimize: Overrides what is minimized: ``latency``, ``size``, ``flops``, ``memory`` or ``damage``.
+        seconds: Time for measuring candidates (pricing, statistics and final timing come on top).
+        seed: Of data splits and search.
+        batch_size: Rows a run gets during evaluation.
+        example_inputs: For torch modules: a tensor, tuple or dict.
+        dynamic_shapes: For torch modules, as ``torch.export`` takes them.
+        progress: Receives progress.
+        **bounds: Budget bounds as keywords.
+
+    Returns:
+        The result; ``result.save(directory)`` writes it.
+
+    Raises:
+        InfeasibleBudget: Nothing found meets the budget; carries the nearest plans.
+        LaminaError: Model, data, budget, metric, target or workload is not usable.
+    """
+    progress = progress or Progress()
+    with progress.stage("capture"):
+        program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+        splits = load_splits(data, program, seed=seed, batch_size=batch_size)
+        limits = Budget.parse(budget, **bounds)
+        aim = Target.parse(target)
+        names = tuple(transforms) if transforms is not None else transform_names()
+        for name in names:
+            get_transform(name)
+        request = Request(
+            program=program,
+            budget=limits,
+            splits=splits,
+            synthetic_data=data is None,
+            metric=get_metric(metric, program),
+            target=aim,
+            backend=get_backend(aim),
+            workload=parse_workload(workload, program, splits.selection),
+            transforms=names,
+            minimize=limits.objective(minimize),
+            seconds=seconds,
+            seed=seed,
+            progress=progress,
+        )
+    with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
+        return _optimize(request, Path(folder))
+
+
+def _optimize(request: Request, folder: Path) -> Result:
+    progress = request.progress
+    original = request.program.model
+    with Stopwatch(
+        request.backend, request.target, request.workload, original, folder, request.seed
+    ) as stopwatch:
+        with progress.stage("fold"):
+            folded = pick_forms(request.program, stopwatch, progress)
+        prepared = prepare(request, folded, stopwatch)
+        builder = Builder(request, prepared, stopwatch)
+        with progress.stage("sensitivity"):
+            evaluator, damage = sensitivity(request, prepared)
+            goal = make_goal(request, builder, evaluator.score(prepared.costs.space.nothing).value)
+        with progress.stage("search"):
+            candidates = search(request, prepared, evaluator, damage, goal)
+        with progress.stage("verify"):
+            verdict = choose(request, builder, candidates, goal)
+            verdict = explained(verdict, builder, damage)
+            final = measure_final(request, stopwatch, verdict)
+            found = evidence(request, builder, goal, verdict, final, candidates)
+    found["seconds"] = dict(progress.seconds)
+    realized = verdict.finalist.realized
+    return Result(realized.program, realized.plan, found, front(builder, candidates, goal))
+
+
+def search(
+    request: Request,
+    prepared: Prepared,
+    evaluator: Evaluator,
+    damage: Sequence[Sequence[float]],
+    goal: Goal,
+) -> list[Candidate]:
+    """Candidates measured on selection data, feasible ones first."""
+    progress = request.progress
+    return Search(
+        prepared.costs,
+        damage,
+        evaluator,
+        goal,
+        seconds=request.seconds,
+        seed=request.seed,
+        report=lambda done, total, note: progress.update("search", int(done), int(total), note),
+    ).run()
+
+
+def explained(verdict: Verdict, builder: Builder, damage: Sequence[Sequence[float]]) -> Verdict:
+    """The verdict with a reason beside every move of its plan."""
+    finalist = verdict.finalist
+    plan = finalist.realized.plan
+    moves = with_reasons(plan.moves, builder, finalist.candidate, damage)
+    realized = replace(finalist.realized, plan=replace(plan, moves=moves))
+    return replace(verdict, finalist=replace(finalist, realized=realized))
+
+
+def measure_final(request: Request, stopwatch: Stopwatch, verdict: Verdict) -> Final:
+    """Verify the result's structure, time it against the original once more, and audit its kernels."""
+    program = verdict.finalist.realized.program
+    verify_structure(program, "apply")
+    check(program)
+    before, after, relative = stopwatch.latencies(program.model, seconds=FINAL_SECONDS)
+    planned = {m.site.name: m.option.name for m in verdict.finalist.realized.plan.moves}
+    audit = request.backend.audit(program.model, request.target, planned)
+    return Final(before, after, relative, audit)
+
+
+def apply(model: Any, plan: Plan | str | Path, **capture_options: Any) -> Program:
+    """Apply a plan to the model it was made for; reproduces the optimized program bit for bit.
+
+    Args:
+        model: What was given to :func:`optimize`.
+        plan: A plan, a ``plan.json``, or a result's directory.
+        **capture_options: ``example_inputs`` and ``dynamic_shapes`` for torch modules.
+
+    Raises:
+        PassError: The plan was made for another model.
+        LaminaError: Model or plan cannot be read.
+    """
+    chosen = read_plan(plan)
+    program = capture(model, **capture_options)
+    if program.fingerprint != chosen.fingerprint:
+        raise PassError(
+            "the plan was made for another model",
+            where=f"fingerprint {chosen.fingerprint} in the plan, {program.fingerprint} of the model",
+            advice="give the model the plan was made from, or optimize this one",
+        )
+    return reproduce(program, chosen)
