@@ -14,11 +14,13 @@ from lamina.data.dataset import Dataset, Splits
 from lamina.data.fitting import check, fit
 from lamina.data.joining import join
 from lamina.data.sources import read
+from lamina.data.synthetic import synthetic
 from lamina.errors import DataError
 from lamina.ir.program import Program
 
 PARTS = ("calibration", "selection", "report")
 FRACTIONS = (0.25, 0.35, 0.4)
+SYNTHETIC_SAMPLES = 96
 _MOST_OVERLAP = 0.5
 
 
@@ -95,13 +97,17 @@ def load_splits(
     """Read samples and split them, or read the three sets the user made.
 
     Three sets are a mapping with the keys ``calibration``, ``selection`` and ``report``, or a folder with
-    ``calibration.npz``, ``selection.npz`` and ``report.npz``. Anything else is what :func:`load_data` takes.
+    ``calibration.npz``, ``selection.npz`` and ``report.npz``. None means made-up samples, which whoever
+    reports on them must say. Anything else is what :func:`load_data` takes.
 
     Raises:
         DataError: As :func:`load_data`; a set is missing; over half of the report samples are used elsewhere.
     """
     if isinstance(source, Splits):
         return Splits(*(check(getattr(source, part), program) for part in PARTS))
+    if source is None:
+        made_up = synthetic(program, SYNTHETIC_SAMPLES, seed, batch_size=batch_size)
+        return split(made_up, seed=seed, fractions=fractions)
     given = _explicit(source)
     if given is None:
         return split(load_data(source, program, batch_size=batch_size), seed=seed, fractions=fractions)

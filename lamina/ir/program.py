@@ -70,6 +70,13 @@ class Program:
         """Version of the default operator set."""
         return self.model.opset_imports.get("", 1)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of what the program computes with; stable over node names, value names and node order."""
+        from lamina.ir.fingerprint import fingerprint
+
+        return fingerprint(self.model)
+
     def clone(self) -> Program:
         """A copy whose graph can be changed; weights are shared, so it costs nodes, not bytes."""
         return Program(self.model.clone(), self.source, self.example, self.example_is_synthetic)

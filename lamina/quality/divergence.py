@@ -114,7 +114,7 @@ def _pairs(
     """Name, candidate's and original's array of each compared output."""
     if reference is None:
         what = f"metric '{metric}' compares with the original's outputs, none were given"
-        raise DataError(what, advice="pass reference= to evaluate")
+        raise DataError(what, advice="pass reference_run= to evaluate")
     chosen = [n for n in names or reference if n in outputs and n in reference and is_float(reference[n])]
     chosen = [n for n in chosen if names or not is_cache(n)] or chosen
     if not chosen:

@@ -16,7 +16,7 @@ _BLOCK = 4_000_000
 
 
 def evaluate(
-    run: Run, dataset: Dataset, metric: Metric, reference: Run | Iterable[Outputs] | None = None
+    run: Run, dataset: Dataset, metric: Metric, reference_run: Run | Iterable[Outputs] | None = None
 ) -> np.ndarray:
     """Features of every sample, batch by batch.
 
@@ -24,24 +24,26 @@ def evaluate(
         run: Inputs to outputs by name.
         dataset: What to run on.
         metric: What to keep of each batch.
-        reference: The original's outputs for metrics that compare with them: its run, or what
-            :func:`reference_outputs` kept. The original itself (``reference is run``) runs once.
+        reference_run: The original's outputs for metrics that compare with them: its run, or what
+            :func:`reference_outputs` kept. Where it is ``run`` itself, each batch runs once.
 
     Raises:
         DataError: An output holds NaN or +infinity; the data lacks what the metric reads.
     """
     metric.check(dataset)
     outputs = _runs(run, dataset)
-    originals = _originals(run, dataset, reference)
+    # Equality, not identity: a bound method is a new object at each look-up.
+    itself = callable(reference_run) and reference_run == run
+    originals = None if itself else _originals(dataset, reference_run)
     if metric.whole:
         return metric.features(_concatenated(o for _, o in outputs), dataset)
     parts = []
     for batch, answer in outputs:
         original = next(originals, None) if originals is not None else None
-        if originals is not None and original is None and reference is not run:
+        if originals is not None and original is None:
             what = "the kept reference outputs have fewer batches than the data"
             raise DataError(what, advice="keep them on the same dataset with the same batch size")
-        parts.append(metric.features(answer, batch, answer if reference is run else original))
+        parts.append(metric.features(answer, batch, answer if itself else original))
     return np.concatenate(parts)
 
 
@@ -64,10 +66,8 @@ def _runs(run: Run, dataset: Dataset) -> Iterator[tuple[Dataset, Outputs]]:
         yield batch, outputs
 
 
-def _originals(
-    run: Run, dataset: Dataset, reference: Run | Iterable[Outputs] | None
-) -> Iterator[Outputs] | None:
-    if reference is None or reference is run:
+def _originals(dataset: Dataset, reference: Run | Iterable[Outputs] | None) -> Iterator[Outputs] | None:
+    if reference is None:
         return None
     if callable(reference):
         return (answer for _, answer in _runs(reference, dataset))
@@ -132,10 +132,10 @@ def damage_interval(
 
 def standard_error(
     metric: Metric, original: np.ndarray | None, candidate: np.ndarray, *, resamples: int = 200, seed: int = 0
-) -> float | None:
-    """Standard error of the damage by paired bootstrap; None where samples cannot be told apart."""
+) -> float:
+    """Standard error of the damage by paired bootstrap; 0 where samples cannot be told apart."""
     damages = _resampled(metric, original, candidate, resamples, seed)
-    return None if damages is None else float(np.std(damages))
+    return 0.0 if damages is None else float(np.std(damages))
 
 
 def _resampled(

@@ -1,0 +1,139 @@
+"""Read ONNX models, from files and from memory, into normalized programs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from lamina.errors import CaptureError, UnsupportedOperator
+from lamina.ir.normalize import OLDEST, check_opset, normalize
+from lamina.ir.tensors import ExternalFiles
+
+_DAMAGED = "the file is truncated or not an ONNX model: export or download it again"
+_PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".safetensors", ".pt2"}
+
+
+def from_path(path: Path) -> ir.Model:
+    """Read and normalize a file.
+
+    Raises:
+        CaptureError: The file is missing, damaged, not ONNX, or its external data is.
+        UnsupportedOperator: It uses an operator, domain or opset lamina does not know.
+    """
+    source = str(path)
+    if path.suffix.lower() in _PICKLES:
+        raise CaptureError(
+            f"'{path.name}' is not an ONNX file, and loading it could run code from it",
+            where=source,
+            advice="load it yourself and pass the torch.nn.Module, or export it to .onnx first",
+        )
+    proto = _read(path, source)
+    files = ExternalFiles(path.parent)
+    return _from_proto(proto, source, files)
+
+
+def from_proto(proto: onnx.ModelProto, source: str) -> ir.Model:
+    """Normalize a model in memory; ``proto`` is not changed.
+
+    Raises:
+        CaptureError: The model is not valid, or its weights lie in files.
+        UnsupportedOperator: It uses an operator, domain or opset lamina does not know.
+    """
+    _check_shell(proto, source)
+    return _from_proto(proto, source, ExternalFiles(None))
+
+
+def from_ir(model: ir.Model, source: str) -> ir.Model:
+    """Normalize a copy of ``model``; weights are shared.
+
+    Raises:
+        CaptureError: The model is not valid.
+        UnsupportedOperator: It uses an operator, domain or opset lamina does not know.
+    """
+    try:
+        copy = model.clone()
+    except Exception:  # clone needs sorted nodes and raises nested RuntimeErrors without
+        with _quiet():
+            copy = ir.from_proto(ir.to_proto(model))
+    return _finish(copy, source, ExternalFiles(None))
+
+
+def _read(path: Path, source: str) -> onnx.ModelProto:
+    advice = "give the path of an .onnx file"
+    if not path.exists():
+        raise CaptureError(f"there is no file '{path}'", advice=advice)
+    if path.is_dir():
+        raise CaptureError(f"'{path}' is a folder, not a model", advice=advice)
+    try:
+        if path.stat().st_size == 0:
+            raise CaptureError(f"'{path.name}' is empty", where=source, advice=_DAMAGED)
+        proto = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise CaptureError(
+            f"'{path}' cannot be read: {error.strerror or error}", advice="check the path and its permissions"
+        ) from error
+    except (DecodeError, ValueError, onnx.parser.ParseError) as error:
+        raise CaptureError(
+            f"'{path.name}' is not a readable ONNX model", where=source, advice=_DAMAGED
+        ) from error
+    _check_shell(proto, source)
+    return proto
+
+
+def _check_shell(proto: onnx.ModelProto, source: str) -> None:
+    """Bytes cut at a field border, and some that were never a model, still parse: look what is there."""
+    if not proto.HasField("graph") or not proto.ir_version or not proto.graph.output:
+        raise CaptureError("the model has no graph with outputs", where=source, advice=_DAMAGED)
+    if not proto.opset_import:
+        raise CaptureError("the model names no opset", where=source, advice=_DAMAGED)
+    if proto.graph.sparse_initializer:
+        name = proto.graph.sparse_initializer[0].values.name
+        raise UnsupportedOperator(
+            f"weight '{name}' is stored sparse", where=source, advice="store it dense and try again"
+        )
+
+
+def _from_proto(proto: onnx.ModelProto, source: str, files: ExternalFiles) -> ir.Model:
+    try:
+        with _quiet():
+            model = ir.from_proto(proto)
+    except Exception as error:  # the reader wraps whatever went wrong, level by level
+        raise CaptureError(
+            f"not a valid ONNX model: {_root(error)}", where=source, advice="export the model again"
+        ) from error
+    return _finish(model, source, files)
+
+
+def _finish(model: ir.Model, source: str, files: ExternalFiles) -> ir.Model:
+    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", OLDEST))
+    if version < OLDEST:
+        from lamina.ir.upgrade import upgrade
+
+        model = upgrade(model, source, files)
+    check_opset(model, source)
+    normalize(model, source, files)
+    return model
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the reader's warnings to itself: what they warn of is raised as an error later."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,122 @@
+"""Example inputs made up from a model's interface, valid enough to run it."""
+
+from __future__ import annotations
+
+import math
+import re
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+_BATCH, _SPATIAL, _OTHER = 2, 64, 8
+# Operators that hand index values on unchanged (or a subset of them), by input position.
+_CARRIERS = frozenset(
+    {
+        "Cast",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Identity",
+        "Transpose",
+        "Expand",
+        "Slice",
+        "Concat",
+    }
+    | {"Tile", "Split", "Where", "Clip"}
+)
+_LOOKUPS = {"Gather": ((1, 0),), "EmbedLayerNormalization": ((0, 2), (1, 3))}
+
+
+def synthesize(model: ir.Model) -> dict[str, np.ndarray]:
+    """One array an input: the same symbolic dim gets the same size, ids stay inside their tables.
+
+    Floats are standard normal, masks ones, integers in the range of the smallest table they index
+    (0 and 1 where they index none); the seed is fixed.
+    """
+    sizes: dict[str, int] = {}
+    feeds = {}
+    for value in model.graph.inputs:
+        if value.name in model.graph.initializers or not value.name:
+            continue
+        shape = tuple(_size(value, i, d, sizes) for i, d in enumerate(value.shape or ()))
+        feeds[value.name] = _values(value, shape)
+    return feeds
+
+
+def _size(value: ir.Value, axis: int, dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int:
+    if isinstance(dim, int):
+        return dim if dim >= 0 else _default(value, axis)
+    symbol = str(dim.value) if dim.value is not None else ""
+    if not symbol:
+        return _default(value, axis)
+    known = _evaluate(symbol, sizes)
+    if known is None:
+        known = sizes[symbol] = _default(value, axis)
+    return known
+
+
+def _default(value: ir.Value, axis: int) -> int:
+    if axis == 0:
+        return _BATCH
+    image = value.dtype is not None and value.dtype.is_floating_point() and len(value.shape or ()) >= 4
+    return _SPATIAL if image else _OTHER
+
+
+def _evaluate(symbol: str, sizes: dict[str, int]) -> int | None:
+    """A known symbol, or a sum, difference or product such as ``past_length + 1``."""
+    if symbol in sizes:
+        return sizes[symbol]
+    parts = re.split(r"\s*([-+*])\s*", symbol.strip())
+    if len(parts) < 3:
+        return None
+    terms = [int(p) if p.isdigit() else sizes.get(p) for p in parts[0::2]]
+    if any(t is None for t in terms):
+        return None
+    total = terms[0] or 0
+    for sign, term in zip(parts[1::2], terms[1:], strict=True):
+        total = total * (term or 0) if sign == "*" else total + (term or 0) * (1 if sign == "+" else -1)
+    return max(total, 1)
+
+
+def _values(value: ir.Value, shape: tuple[int, ...]) -> np.ndarray:
+    name = value.name or ""
+    dtype = value.dtype or ir.DataType.FLOAT
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    if dtype == ir.DataType.STRING:
+        return np.full(shape, "a", dtype=object)
+    kind = dtype.numpy()
+    if dtype == ir.DataType.BOOL or "mask" in name.lower():
+        return np.ones(shape, kind)
+    if dtype.is_integer():
+        return rng.integers(0, _table_rows(value), shape).astype(kind)
+    if np.dtype(kind).kind == "c":
+        return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(kind)
+    return rng.standard_normal(shape).astype(kind)
+
+
+def _table_rows(value: ir.Value) -> int:
+    """Rows of the smallest table the value's elements index, 2 when they index none."""
+    rows = math.inf
+    seen, queue = {value}, [value]
+    while queue:
+        for node, index in tuple(queue.pop().uses()):
+            rows = min([rows, *_indexed(node, index)])
+            if node.op_type in _CARRIERS or (node.op_type == "Gather" and index == 0):
+                fresh = [v for v in node.outputs if v not in seen]
+                seen.update(fresh)
+                queue += fresh
+    return max(1, int(rows)) if rows < math.inf else 2
+
+
+def _indexed(node: ir.Node, index: int) -> Iterator[int]:
+    for position, table in _LOOKUPS.get(node.op_type, ()):
+        data = node.inputs[table] if table < len(node.inputs) else None
+        if position != index or data is None or data.shape is None:
+            continue
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        size = data.shape[axis]
+        if isinstance(size, int):
+            yield size

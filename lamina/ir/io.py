@@ -1,0 +1,199 @@
+"""Write models and other results atomically: a reader sees the old file or the new one, never a torn one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+
+from lamina.errors import OutputError
+from lamina.ir.capture import capture
+from lamina.ir.program import Program
+from lamina.ir.tensors import shape_of
+
+EXTERNAL_ABOVE = 1_900_000_000  # protobuf's own limit is 2 GiB for the whole message
+_SMALL = 1024  # bytes: tensors up to this stay in the .onnx file, runtimes read their values while loading
+_ALIGNMENT = 4096
+
+
+def load(path: str | os.PathLike[str]) -> Program:
+    """Capture the model at ``path``.
+
+    Raises:
+        CaptureError: The file is missing, damaged or not ONNX.
+        UnsupportedOperator: It uses an operator, domain or opset lamina does not know.
+    """
+    return capture(Path(path))
+
+
+def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
+    """Write ``model`` to ``path``; weights beyond 1.9 GB go to ``<path>.data`` beside it.
+
+    Args:
+        model: Left unchanged.
+        path: The ``.onnx`` file; its folder must exist.
+
+    Returns:
+        The files written, the model first.
+
+    Raises:
+        OutputError: The folder is missing or not writable, or the disk is full; what was there is intact.
+    """
+    target = Path(path)
+    if _weight_bytes(model) <= EXTERNAL_ABOVE:
+        data = ir.to_proto(model).SerializeToString(deterministic=True)
+        write_atomic(target, data)
+        return [target]
+    data_path = _free_data_path(target)
+    clone, tensors = _externalized(model, data_path.name)
+    _write(data_path, lambda file: _write_tensors(file, tensors))
+    try:
+        write_atomic(target, ir.to_proto(clone).SerializeToString(deterministic=True))
+    except BaseException:
+        data_path.unlink(missing_ok=True)
+        raise
+    return [target, data_path]
+
+
+def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
+    """Write a file in one step: temporary file in the same folder, fsync, rename.
+
+    Raises:
+        OutputError: The folder is missing or not writable, or the disk is full; what was there is intact.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    target = Path(path)
+    _write(target, lambda file: file.write(data))
+    return target
+
+
+def serialized_size(model: ir.Model) -> int:
+    """Bytes of the file or files :func:`save_model` would write, without writing or copying weights."""
+    if _weight_bytes(model) > EXTERNAL_ABOVE:
+        clone, tensors = _externalized(model, "model.onnx.data")
+        end = max((t.offset or 0) + (t.length or 0) for t, _ in tensors)
+        return ir.to_proto(clone).ByteSize() + end
+    clone, tensors = _externalized(model, "")
+    proto = ir.to_proto(clone)
+    real = {stand_in.name: tensor for stand_in, tensor in tensors}
+    grown = sum(_growth(t, real[t.name]) for t in proto.graph.initializer if t.name in real)
+    graph = proto.graph.ByteSize()
+    return proto.ByteSize() - _field(graph) + _field(graph + grown)
+
+
+def _growth(stand_in: onnx.TensorProto, tensor: ir.TensorProtocol) -> int:
+    header = onnx.TensorProto(
+        name=stand_in.name,
+        data_type=stand_in.data_type,
+        dims=stand_in.dims,
+        doc_string=tensor.doc_string or None,
+    )
+    for key, value in tensor.metadata_props.items():
+        header.metadata_props.add(key=key, value=value)
+    return _field(header.ByteSize() + _field(tensor.nbytes)) - _field(stand_in.ByteSize())
+
+
+def _field(length: int) -> int:
+    """Bytes a length-delimited protobuf field of ``length`` bytes takes (tags here are one byte)."""
+    return 1 + max(1, (length.bit_length() + 6) // 7) + length
+
+
+def _weight_bytes(model: ir.Model) -> int:
+    tensors = [v.const_value for v in model.graph.initializers.values()]
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def _externalized(
+    model: ir.Model, location: str
+) -> tuple[ir.Model, list[tuple[ir.ExternalTensor, ir.TensorProtocol]]]:
+    """A clone whose big weights say they lie in ``location``, and which tensor each of them stands for."""
+    clone, pairs, end = model.clone(), [], 0
+    for value in clone.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SMALL or tensor.dtype == ir.DataType.STRING:
+            continue
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + tensor.nbytes
+        stand_in = ir.ExternalTensor(
+            location, start, tensor.nbytes, tensor.dtype, shape=shape_of(tensor), name=value.name or ""
+        )
+        value.const_value = stand_in
+        pairs.append((stand_in, tensor))
+    return clone, pairs
+
+
+def _write_tensors(file: BinaryIO, tensors: list[tuple[ir.ExternalTensor, ir.TensorProtocol]]) -> None:
+    for stand_in, tensor in tensors:
+        file.seek(stand_in.offset or 0)
+        file.write(tensor.tobytes())
+
+
+def _free_data_path(target: Path) -> Path:
+    """A name no file has: an existing model keeps its data until the new model has replaced it."""
+    candidate, i = target.with_name(f"{target.name}.data"), 0
+    while candidate.exists():
+        i += 1
+        candidate = target.with_name(f"{target.name}.{i}.data")
+    return candidate
+
+
+def _write(target: Path, fill: Callable[[BinaryIO], object]) -> None:
+    target = Path(os.path.realpath(target))
+    try:
+        with _temporary(target) as (file, name):
+            fill(file)
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            os.replace(name, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise OutputError(
+            f"'{target}' cannot be written: {error.strerror or error}",
+            advice=_advice(target),
+        ) from error
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[tuple[BinaryIO, str]]:
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if hasattr(os, "fchmod"):  # mkstemp makes private files; results are ordinary ones
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+            yield file, name
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _advice(target: Path) -> str:
+    if not target.parent.is_dir():
+        return f"the folder '{target.parent}' does not exist: create it first"
+    if target.is_dir():
+        return "it is a folder: give the name of a file"
+    if not os.access(target.parent, os.W_OK):
+        return f"the folder '{target.parent}' is not writable: choose another or change its permissions"
+    return "free some disk space or choose another folder"

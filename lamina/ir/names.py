@@ -1,0 +1,77 @@
+"""Names: every node and value of a captured program has one of its own; interface names are never touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+
+class _Table:
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+        self._next: dict[str, int] = {}
+
+    def take(self, name: str) -> bool:
+        if not name or name in self._taken:
+            return False
+        self._taken.add(name)
+        return True
+
+    def fresh(self, hint: str) -> str:
+        name, i = hint, self._next.get(hint, 0)
+        while not self.take(name):
+            i += 1
+            name = f"{hint}_{i}"
+        self._next[hint] = i
+        return name
+
+
+def make_names_unique(model: ir.Model) -> None:
+    """Give every node and value of ``model`` a unique name, in place, subgraphs included.
+
+    An omitted optional output keeps the empty name: naming it would ask the operator to compute it.
+    """
+    values, nodes = _Table(), _Table()
+    fixed: set[ir.Value] = set()
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value not in fixed:
+            values.take(value.name or "")
+            fixed.add(value)
+    for value in _values(model.graph):
+        if value in fixed:
+            continue
+        fixed.add(value)
+        if not value.name and not value.uses() and not value.is_graph_output():
+            value.name = ""
+        elif not values.take(value.name or ""):
+            value.name = values.fresh(value.name or _hint(value))
+    for node in model.graph.all_nodes():
+        if not nodes.take(node.name or ""):
+            output = next((v.name for v in node.outputs if v.name), "")
+            node.name = nodes.fresh(node.name or (f"{node.op_type}_{output}" if output else node.op_type))
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from tuple(graph.initializers.values())
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+        for subgraph in subgraphs(node):
+            yield from _values(subgraph)
+
+
+def _hint(value: ir.Value) -> str:
+    producer = value.producer()
+    return f"{producer.op_type}_out" if producer is not None else "value"
+
+
+def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    """The graphs in a node's attributes, in the attributes' order."""
+    for attribute in node.attributes.values():
+        if attribute.is_ref():
+            continue
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from attribute.as_graphs()

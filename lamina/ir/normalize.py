@@ -1,0 +1,328 @@
+"""Bring any valid model into the one form the rest of lamina relies on, in place, values unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from lamina.errors import CaptureError, UnsupportedOperator
+from lamina.ir.names import make_names_unique, subgraphs
+from lamina.ir.skeleton import skeleton
+from lamina.ir.tensors import ExternalFiles, own, shape_of
+
+OLDEST, NEWEST = 13, 25
+# What onnxruntime registers kernels for besides the standard set: carried through, never looked into.
+OPAQUE_DOMAINS = frozenset(
+    {"ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
+)
+STANDARD = frozenset({"", "ai.onnx"})
+_EXPORT_AGAIN = "the model is invalid: export it again, or check it with onnx.checker"
+
+
+def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
+    """Normalize ``model``, which lamina owns, in place.
+
+    Functions are inlined, nodes sorted, constants lifted to initializers of the main graph, names made
+    unique, shapes inferred, weights re-wrapped so that the caller's tensor objects are never renamed.
+
+    Raises:
+        CaptureError: The model is not valid ONNX.
+        UnsupportedOperator: It uses an operator, domain or opset lamina does not know.
+    """
+    _default_domain(model)
+    _check_operators(model, source)
+    _inline(model, source)
+    _check_references(model, source)
+    _sort(model, source)
+    _own_tensors(model, source, files)
+    _lift_constants(model)
+    common.LiftSubgraphInitializersToMainGraphPass()(model)
+    common.RemoveInitializersFromInputsPass()(model)
+    make_names_unique(model)
+    _tidy_interface(model, source)
+    _trim_outputs(model.graph)
+    model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(_imports(model)), 4)
+    check_valid(model, source)
+    infer_shapes(model)
+
+
+def _imports(model: ir.Model) -> list[onnx.OperatorSetIdProto]:
+    return [onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items() if d in STANDARD]
+
+
+def _default_domain(model: ir.Model) -> None:
+    """Spell the default domain one way: ``""``."""
+    for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values())):
+        if "ai.onnx" in imports:
+            version = imports.pop("ai.onnx")
+            imports.setdefault("", version)
+    for node in _every_node(model):
+        if node.domain == "ai.onnx":
+            node.domain = ""
+
+
+def _every_node(model: ir.Model) -> Iterator[ir.Node]:
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def label(node: ir.Node) -> str:
+    """How messages name a node: ``Conv 'conv1'``."""
+    return f"{node.op_type} '{node.name or next((v.name for v in node.outputs if v.name), '')}'"
+
+
+def _check_operators(model: ir.Model, source: str) -> None:
+    for node in _every_node(model):
+        if node.op_identifier() in model.functions or node.domain in OPAQUE_DOMAINS:
+            continue
+        if node.domain not in STANDARD:
+            raise UnsupportedOperator(
+                f"{label(node)} is of the unknown domain '{node.domain}'",
+                where=source,
+                advice="lamina takes standard ONNX operators, onnxruntime's own, and model-local functions: "
+                "export the model without custom operators",
+            )
+        if not onnx.defs.has(node.op_type):
+            raise UnsupportedOperator(
+                f"{label(node)} is not an ONNX operator", where=source, advice="export the model again"
+            )
+
+
+def check_opset(model: ir.Model, source: str) -> None:
+    """Raise UnsupportedOperator unless the default opset is one lamina takes.
+
+    Raises:
+        UnsupportedOperator: The opset is outside 13 to 25.
+    """
+    version = model.opset_imports.get("")
+    if version is None:
+        if any(n.domain in STANDARD for n in _every_node(model)):
+            raise CaptureError("the model does not say its opset", where=source, advice=_EXPORT_AGAIN)
+        model.opset_imports[""] = 20
+    elif not OLDEST <= version <= NEWEST:
+        raise UnsupportedOperator(
+            f"opset {version} is not supported",
+            where=source,
+            advice=f"export the model with opset {OLDEST} to {NEWEST}",
+        )
+
+
+def _inline(model: ir.Model, source: str) -> None:
+    if not model.functions:
+        return
+    try:
+        common.InlinePass()(model)
+    except Exception as error:  # the pass raises several types, all wrapped in its own
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise CaptureError(
+            f"the model's functions cannot be inlined: {reason}", where=source, advice=_EXPORT_AGAIN
+        ) from error
+    model.functions.clear()
+    used = {n.domain for n in model.graph.all_nodes()}
+    for domain in [d for d in model.opset_imports if d not in used and d not in STANDARD]:
+        del model.opset_imports[domain]
+
+
+def _check_references(model: ir.Model, source: str) -> None:
+    """Every value read must be an input, an initializer or some node's output."""
+    for graph in (model.graph, *model.graph.subgraphs()):
+        reads = [(v, label(n)) for n in graph for v in n.inputs if v is not None]
+        reads += [(v, "the graph's outputs") for v in graph.outputs]
+        for value, reader in reads:
+            if value.producer() is None and not (value.is_graph_input() or value.is_initializer()):
+                raise CaptureError(
+                    f"value '{value.name}', read by {reader}, is produced by nothing",
+                    where=source,
+                    advice=_EXPORT_AGAIN,
+                )
+
+
+def _sort(model: ir.Model, source: str) -> None:
+    try:
+        model.graph.sort()
+    except ValueError:
+        names = ", ".join(label(n) for n in _on_cycle(model.graph)[:5])
+        raise CaptureError(
+            f"the graph has a cycle through {names}", where=source, advice=_EXPORT_AGAIN
+        ) from None
+
+
+def _on_cycle(graph: ir.Graph) -> list[ir.Node]:
+    """Nodes that remain when those without unmet inputs are taken away again and again."""
+    waiting = {n: {p for p in _producers(n) if p.graph is graph} for n in graph}
+    ready = [n for n, needs in waiting.items() if not needs]
+    while ready:
+        node = ready.pop()
+        waiting.pop(node, None)
+        for user in {u for v in node.outputs for u in v.consumers()}:
+            if user in waiting:
+                waiting[user].discard(node)
+                if not waiting[user]:
+                    ready.append(user)
+    return list(waiting)
+
+
+def _producers(node: ir.Node) -> Iterator[ir.Node]:
+    values: list[ir.Value | None] = list(node.inputs)
+    for graph in subgraphs(node):
+        values += [v for n in graph.all_nodes() for v in n.inputs] + list(graph.outputs)
+    for value in values:
+        producer = value.producer() if value is not None else None
+        if producer is not None:
+            yield producer
+
+
+def _own_tensors(model: ir.Model, source: str, files: ExternalFiles) -> None:
+    for graph in (model.graph, *model.graph.subgraphs()):
+        for value in graph.initializers.values():
+            if value.const_value is None:
+                raise CaptureError(
+                    f"initializer '{value.name}' has no data",
+                    where=source,
+                    advice="give the model with its weights",
+                )
+            value.const_value = own(value.const_value, files, source)
+            value.const_value.name = value.name
+            value.shape, value.dtype = shape_of(value.const_value), value.const_value.dtype
+    for node in model.graph.all_nodes():
+        for name, attribute in tuple(node.attributes.items()):
+            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                tensor = own(attribute.as_tensor(), files, source)
+                node.attributes[name] = ir.AttrTensor(name, tensor)
+
+
+def _lift_constants(model: ir.Model) -> None:
+    """Turn Constant nodes into initializers, but those that are an output: their graph must produce it."""
+    for node in tuple(model.graph.all_nodes()):
+        if node.op_type != "Constant" or node.domain not in STANDARD or len(node.attributes) != 1:
+            continue
+        output, graph = node.outputs[0], node.graph
+        tensor = _constant_tensor(next(iter(node.attributes.values())))
+        if tensor is None or output.is_graph_output() or not isinstance(graph, ir.Graph):
+            continue
+        name = output.name or f"{node.name}_value"
+        output.name = None
+        tensor.name = name
+        lifted = ir.Value(
+            name=name, shape=shape_of(tensor), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        lifted.metadata_props.update(output.metadata_props)
+        output.replace_all_uses_with(lifted)
+        graph.remove(node, safe=True)
+        while lifted.name in graph.initializers:
+            lifted.name = f"{lifted.name}_"
+        graph.register_initializer(lifted)
+
+
+def _constant_tensor(attribute: ir.Attr) -> ir.TensorProtocol | None:
+    kind, value = attribute.name, attribute.value
+    if attribute.is_ref():
+        return None
+    if kind == "value":
+        return attribute.as_tensor()
+    if kind in ("value_int", "value_ints"):
+        return ir.Tensor(np.array(value, np.int64))
+    if kind in ("value_float", "value_floats"):
+        return ir.Tensor(np.array(value, np.float32))
+    if kind in ("value_string", "value_strings"):
+        texts = [value] if isinstance(value, str) else list(value)
+        shape = ir.Shape(()) if kind == "value_string" else ir.Shape((len(texts),))
+        return ir.StringTensor([t.encode() for t in texts], shape=shape)
+    return None  # sparse_value: left to the runtime
+
+
+def _tidy_interface(model: ir.Model, source: str) -> None:
+    if not model.graph.outputs:
+        raise CaptureError("the model has no outputs", where=source, advice=_EXPORT_AGAIN)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if not value.name:
+            raise CaptureError("an input or output has no name", where=source, advice=_EXPORT_AGAIN)
+        if value.type is not None and not isinstance(value.type, ir.TensorType):
+            raise UnsupportedOperator(
+                f"'{value.name}' is not a tensor but a {type(value.type).__name__}",
+                where=source,
+                advice="lamina takes models whose inputs and outputs are tensors",
+            )
+        if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
+            # Some exporters write -1 for a dynamic dim; runtimes read it as one, onnx's checker does not.
+            value.shape = ir.Shape([None if isinstance(d, int) and d < 0 else d for d in value.shape])
+
+
+def _trim_outputs(graph: ir.Graph) -> None:
+    """Drop trailing omitted optional outputs."""
+    for node in graph.all_nodes():
+        count = len(node.outputs)
+        while count > 1 and not node.outputs[count - 1].name:
+            count -= 1
+        if count < len(node.outputs):
+            node.resize_outputs(count)
+
+
+def check_valid(model: ir.Model, source: str) -> None:
+    """Run onnx's checker on the weightless model.
+
+    Raises:
+        CaptureError: The checker objects; its message is passed on.
+    """
+    proto, _ = skeleton(model)
+    try:
+        onnx.checker.check_model(proto)
+    except onnx.checker.ValidationError as error:
+        message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+        raise CaptureError(
+            f"not a valid ONNX model: {message}", where=source, advice=_EXPORT_AGAIN
+        ) from error
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fill in what shape inference can tell; what the model declares about its interface stays as it is."""
+    proto, _ = skeleton(model)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(
+            proto, check_type=False, strict_mode=False, data_prop=True
+        )
+    except onnx.shape_inference.InferenceError:
+        return  # an operator's own inference failed: shapes stay unknown, observed_shapes() still works
+    _merge(model.graph, inferred.graph)
+
+
+def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> None:
+    infos = {info.name: info for info in (*proto.value_info, *proto.output)}
+    protos = {n.name: n for n in proto.node}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in infos:
+                _refine(value, infos[value.name])
+        for attribute, inner in zip(
+            _graph_attributes(protos.get(node.name or "")), subgraphs(node), strict=False
+        ):
+            _merge(inner, attribute)
+
+
+def _graph_attributes(node: onnx.NodeProto | None) -> Iterable[onnx.GraphProto]:
+    for attribute in node.attribute if node is not None else ():
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _refine(value: ir.Value, info: onnx.ValueInfoProto) -> None:
+    other = ir.from_proto(info)
+    if value.type is None:
+        value.type = other.type
+    if other.shape is None:
+        return
+    if value.shape is None:
+        value.shape = other.shape
+    elif not value.is_graph_output() and value.shape.rank() == other.shape.rank():
+        pairs = zip(value.shape, other.shape, strict=True)
+        value.shape = ir.Shape([a if isinstance(a, int) or _unknown(b) else b for a, b in pairs])
+
+
+def _unknown(dim: object) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value is None

@@ -1,0 +1,75 @@
+"""What folds there are: three literal tuples of module names, and the loader that turns one into a pass.
+
+A name is a module of this package; the class in it is the name in CamelCase (``fuse_gelu`` -> ``FuseGelu``),
+the report name the same with hyphens. A new fold is one module and one line here.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+
+from lamina.errors import PassError
+from lamina.passes.pass_ import Fold
+
+# Always applied, in this order, until nothing changes: smaller or simpler on any target.
+FOLDS: tuple[str, ...] = (
+    "lift_constants",
+    "eliminate_identities",
+    "fold_constants",
+    "simplify_patterns",
+    "drop_redundant_relu",
+    "deduplicate_initializers",
+    "merge_common_subexpressions",
+    "remove_unused",
+)
+
+# Equivalent forms whose worth depends on the target: the caller prices each and keeps what is faster.
+FORMS: tuple[str, ...] = (
+    "fuse_gelu",
+    "split_residual_sum",
+)
+
+# After lossy moves, which leave conversions and dead weights behind.
+CLEANUP: tuple[str, ...] = (
+    "merge_qdq",
+    "drop_redundant_relu",
+    "remove_unused",
+)
+
+# What follows the forms in fold(): the linear part of FOLDS that tidies up after a rewrite.
+TIDY: tuple[str, ...] = (
+    "deduplicate_initializers",
+    "merge_common_subexpressions",
+    "remove_unused",
+)
+
+# onnxscript's matcher takes time quadratic in the nodes (_matcher.py:393), so large graphs go without these.
+SUPERLINEAR: tuple[str, ...] = ("simplify_patterns",)
+SUPERLINEAR_MAX_NODES = 5_000
+
+
+def canonical(name: str) -> str:
+    """The module name of a fold, whichever of ``fuse-gelu`` and ``fuse_gelu`` was written.
+
+    Raises:
+        PassError: No fold is called that.
+    """
+    label = name.strip().replace("-", "_")
+    known = dict.fromkeys(FOLDS + FORMS + CLEANUP)
+    if label not in known:
+        raise PassError(f"no fold is called '{name}'", advice=f"choose from: {', '.join(known)}")
+    return label
+
+
+@cache
+def load(name: str) -> Fold:
+    """The fold called ``name``, with its default options; its module is imported now.
+
+    Raises:
+        PassError: No fold is called that.
+    """
+    label = canonical(name)
+    module = import_module(f"lamina.passes.fold.{label}")
+    found: Fold = getattr(module, label.title().replace("_", ""))()
+    return found

@@ -1,0 +1,208 @@
+"""Running folds: to a fixed point, guarded, and so that the names of what ran reproduce the result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from lamina.errors import LaminaError, VerificationError
+from lamina.ir.program import Program
+from lamina.ir.rewriter import Rewrite, Rewriter
+from lamina.passes.fold.catalog import (
+    CLEANUP,
+    FOLDS,
+    FORMS,
+    SUPERLINEAR,
+    SUPERLINEAR_MAX_NODES,
+    TIDY,
+    canonical,
+    load,
+)
+from lamina.passes.fold.graph import LocalFold
+from lamina.passes.pass_ import Fold
+
+_ROUNDS = 4
+
+
+def form_names() -> tuple[str, ...]:
+    """The names of the equivalent forms that :func:`fold` takes, in the order it applies them."""
+    return FORMS
+
+
+def fold(
+    program: Program, *, forms: Sequence[str] = (), only: Sequence[str] | None = None
+) -> tuple[Program, tuple[str, ...], list[Rewrite]]:
+    """Fold a clone of ``program`` to a fixed point, then write the named forms.
+
+    Args:
+        program: What to fold; it is not changed.
+        forms: Names out of :func:`form_names`; they are applied in that function's order.
+        only: Apply these of the always-applied folds instead of all.
+
+    Returns:
+        The folded program, the names of the passes that changed something in the order they ran (what
+        :func:`apply_named` takes), and every change. A pass that had to be undone is among the changes too.
+
+    Raises:
+        PassError: A name is unknown.
+    """
+    always = FOLDS if only is None else tuple(canonical(n) for n in only)
+    chosen = {canonical(n) for n in forms}
+    run = _Run(program)
+    for _ in range(_ROUNDS):
+        if not [name for name in always if run.step(name)]:
+            break
+    else:
+        run.records.append(Rewrite("fold", "model", f"stopped after {_ROUNDS} rounds that changed something"))
+    ordered = [n for n in FORMS if n in chosen] + [n for n in chosen if n not in FORMS]
+    if [name for name in ordered if run.step(name)]:
+        for name in TIDY:
+            run.step(name)
+    return program.with_model(run.model), tuple(run.applied), run.records
+
+
+def apply_named(program: Program, names: Sequence[str]) -> Program:
+    """Apply folds to a clone of ``program``, each once, in the order given: what a plan replays.
+
+    Raises:
+        PassError: A name is unknown.
+        VerificationError: A pass broke an invariant or the interface; names the pass.
+    """
+    model = program.clone().model
+    for name in names:
+        model = _guarded(canonical(name), model, program, [])
+    return program.with_model(model)
+
+
+def cleanup(program: Program) -> Program:
+    """Remove what lossy moves leave behind, from a clone: equal conversions, idle Relus, dead weights."""
+    run = _Run(program)
+    for name in CLEANUP:
+        run.step(name)
+    return program.with_model(run.model)
+
+
+@dataclass
+class _Run:
+    """One fold in progress: the model, what was applied, and what is banned because it failed."""
+
+    program: Program
+    model: ir.Model = field(init=False)
+    applied: list[str] = field(default_factory=list)
+    records: list[Rewrite] = field(default_factory=list)
+    banned: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.model = self.program.clone().model
+
+    def step(self, name: str) -> bool:
+        """Run one pass; whether it changed anything. A failure restores the model and bans the pass."""
+        if name in self.banned or (name in SUPERLINEAR and len(self.model.graph) > SUPERLINEAR_MAX_NODES):
+            return False
+        before = fingerprint(self.model)
+        records: list[Rewrite] = []
+        try:
+            self.model = _guarded(name, self.model, self.program, records)
+        except Exception as error:  # a library's bug must not stop the user; it is on record
+            self._undo(name, error)
+            return False
+        if fingerprint(self.model) == before:
+            return False
+        self.applied.append(name)
+        self.records.extend(records)
+        return True
+
+    def _undo(self, name: str, error: Exception) -> None:
+        # Replaying costs time only when a pass fails; a copy before every pass would cost it always.
+        self.banned.add(name)
+        reason = error.what if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
+        self.records.append(Rewrite(load(name).name, "model", f"undone: {reason.splitlines()[0][:200]}"))
+        self.model = apply_named(self.program, self.applied).model
+
+
+def _guarded(name: str, model: ir.Model, program: Program, records: list[Rewrite]) -> ir.Model:
+    """Run one pass on ``model`` in place, and check structure and interface if it changed something."""
+    found = load(name)
+    before = fingerprint(model)
+    model = _with_opset(found, model)
+    rewriter = Rewriter(model)
+    if not isinstance(found, LocalFold) or found.minimum_opset <= model.opset_imports.get("", 1):
+        found.apply(rewriter)
+    records.extend(rewriter.records)
+    if fingerprint(model) != before:
+        _keep_interface(found.name, model, program)
+        _verify(model, found.name)
+    return model
+
+
+def _with_opset(found: Fold, model: ir.Model) -> ir.Model:
+    """Raise the opset where ``found`` needs it and has something to do."""
+    if not isinstance(found, LocalFold) or model.opset_imports.get("", 1) >= found.minimum_opset:
+        return model
+    if not found.fires(model):
+        return model
+    return raised(model, found.minimum_opset)
+
+
+def raised(model: ir.Model, version: int) -> ir.Model:
+    """``model`` at opset ``version``: the same object where the converter works in place."""
+    try:
+        from lamina.ir.opset import raise_opset
+
+    raise_opset(model, found.minimum_opset)
+    return model
+
+
+def fingerprint(model: ir.Model) -> tuple[int, ...]:
+    """Numbers that differ when nodes, edges, names or types do; valid while the model lives."""
+    parts = [hash((tuple(sorted(model.opset_imports.items())), tuple(model.graph.initializers)))]
+    for node in model.graph.all_nodes():
+        outputs = tuple((v.name, v.dtype, str(v.shape)) for v in node.outputs)
+        inputs = tuple(None if v is None else v.name for v in node.inputs)
+        label = (id(node), node.name, node.domain, node.op_type, len(node.attributes))
+        parts.append(hash((label, inputs, outputs)))
+    parts.append(hash(tuple(v.name for v in model.graph.outputs)))
+    return tuple(parts)
+
+
+def _keep_interface(pass_name: str, model: ir.Model, program: Program) -> None:
+    """Restore the shapes a pass only refined (a dimension it inferred); refuse what it changed."""
+    original = program.graph
+    inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
+    expected = [v for v in original.inputs if v.name not in original.initializers]
+    for what, now, then in (
+        ("inputs", inputs, expected),
+        ("outputs", list(model.graph.outputs), list(original.outputs)),
+    ):
+        names, wanted = [v.name for v in now], [v.name for v in then]
+        if names != wanted:
+            raise _broken(pass_name, f"the {what}", names, wanted)
+        for value, before in zip(now, then, strict=True):
+            _keep_port(pass_name, value, before)
+
+
+def _keep_port(pass_name: str, value: ir.Value, before: ir.Value) -> None:
+    if value.dtype is not None and before.dtype is not None and value.dtype != before.dtype:
+        raise _broken(pass_name, f"the data type of '{value.name}'", value.dtype.name, before.dtype.name)
+    if before.shape is None:
+        return
+    if value.shape is not None and len(value.shape) != len(before.shape):
+        raise _broken(pass_name, f"the rank of '{value.name}'", len(value.shape), len(before.shape))
+    value.shape = before.shape.copy()
+
+
+def _broken(pass_name: str, what: str, got: object, expected: object) -> VerificationError:
+    return VerificationError(
+        f"after {pass_name}: {what} changed from {expected} to {got}",
+        advice="this is a bug in the pass; leave it out with only=[...] and report it",
+    )
+
+
+def _verify(model: ir.Model, pass_name: str) -> None:
+    try:
+        from lamina.ir.verify import verify_structure
+    except ImportError:
+        return
+    verify_structure(model, pass_name)
