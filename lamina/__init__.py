@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lamina.backends.backend import Target
     from lamina.budget import Budget
+    from lamina.comparison import compare
     from lamina.driver import apply, optimize
     from lamina.errors import InfeasibleBudget, LaminaError
     from lamina.ir.io import load
@@ -26,6 +27,7 @@ __all__ = [
     "Result",
     "Target",
     "apply",
+    "compare",
     "load",
     "optimize",
 ]
@@ -40,6 +42,7 @@ _HOMES = {
     "Result": "lamina.result",
     "Target": "lamina.backends.backend",
     "apply": "lamina.driver",
+    "compare": "lamina.comparison",
     "load": "lamina.ir.io",
     "optimize": "lamina.driver",
 }

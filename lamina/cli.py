@@ -1,0 +1,248 @@
+"""The command line: the same verbs as the Python API."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lamina.errors import BudgetError, LaminaError
+
+app = typer.Typer(
+    help="A compiler for trained neural networks: a model and a measured budget in, a smaller and faster one out.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[Path, typer.Argument(help="an ONNX file", show_default=False)]
+Data = Annotated[Path | None, typer.Option(help=".npz with arrays named like the inputs, or a directory of them")]
+Metric = Annotated[
+    str | None,
+    typer.Option(help="top1, perplexity, cross-entropy, spearman, cosine, kl, or module:function"),
+]
+Target = Annotated[str, typer.Option(help="where the model will run, e.g. ort:cpu?threads=2")]
+Workload = Annotated[str | None, typer.Option(help="shapes that matter and their weights, e.g. '1x128@0.2; 1x1@0.8'")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
+Output = Annotated[Path, typer.Option("-o", "--output", help="directory for the result")]
+
+
+@app.command()
+def optimize(
+    model: Model,
+    output: Output,
+    budget: Annotated[str, typer.Option(help="e.g. 'latency<=0.5x, size<=10MB, drop<=1%'")],
+    data: Data = None,
+    selection_data: Annotated[Path | None, typer.Option(help="samples candidates are judged on")] = None,
+    report_data: Annotated[Path | None, typer.Option(help="samples only the final figures come from")] = None,
+    metric: Metric = None,
+    target: Target = "ort:cpu",
+    workload: Workload = None,
+    transforms: Annotated[str | None, typer.Option(help="comma-separated, e.g. drop,quantize; default all")] = None,
+    minimize: Annotated[str | None, typer.Option(help="latency, size, flops, memory or damage")] = None,
+    seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 120.0,
+    seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,
+    batch_size: Annotated[int, typer.Option(help="rows a run gets during evaluation", min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Make a model smaller and faster within a measured budget."""
+    import lamina
+    from lamina.ir.io import make_directory
+    from lamina.report.terminal import LiveProgress, result_tables
+
+    make_directory(output)  # before minutes of work, not after
+    with LiveProgress(quiet=as_json) as progress:
+        result = lamina.optimize(
+            model,
+            budget,
+            data=_splits(data, selection_data, report_data),
+            metric=metric,
+            target=target,
+            workload=workload,
+            transforms=None if transforms is None else [t.strip() for t in transforms.split(",") if t.strip()],
+            minimize=minimize,
+            seconds=seconds,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    written = result.save(output)
+    if as_json:
+        _print_json({**result.evidence, "files": [str(p) for p in written]})
+    else:
+        result_tables(result.evidence, [str(p) for p in written])
+
+
+@app.command()
+def apply(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="plan.json, or a result's directory", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="the ONNX file to write")],
+    as_json: Json = False,
+) -> None:
+    """Apply a plan to the model it was made for."""
+    import lamina
+    from lamina.ir.io import save_model
+
+    program = lamina.apply(model, plan)
+    written = [str(p) for p in save_model(program.model, output)]
+    if as_json:
+        _print_json({"files": written})
+    else:
+        typer.echo("wrote " + ", ".join(written))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="the model to compare with", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="the other model", show_default=False)],
+    data: Data = None,
+    metric: Metric = None,
+    target: Target = "ort:cpu",
+    tolerance: Annotated[float, typer.Option(help="relative to an output's largest magnitude", min=0.0)] = 1e-5,
+    as_json: Json = False,
+) -> None:
+    """Say whether two models are the same function; exit code 1 when they are not."""
+    from lamina.comparison import compare as run
+    from lamina.comparison import damage
+    from lamina.report.terminal import comparison_table
+
+    found = run(a, b, data=data, target=target, tolerance=tolerance).to_dict()
+    if metric is not None:
+        if data is None:
+            raise BudgetError("a metric needs samples", advice="give --data X.npz with what the metric reads")
+        found["quality"] = dict(damage(a, b, data=data, metric=metric, target=target))
+    if as_json:
+        _print_json(found)
+    else:
+        comparison_table(found)
+    raise typer.Exit(0 if found["equal"] else 1)
+
+
+@app.command()
+def bench(
+    models: Annotated[list[Path], typer.Argument(help="ONNX files with the same inputs", show_default=False)],
+    data: Data = None,
+    target: Target = "ort:cpu",
+    workload: Workload = None,
+    seconds: Annotated[float, typer.Option(help="time to measure, in all", min=0.1)] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Time models in alternation, each in a process of its own; the first is the 1.0."""
+    from lamina.backends import get_backend
+    from lamina.backends.backend import Target as TargetSpec
+    from lamina.data import load_data
+    from lamina.ir.capture import capture
+    from lamina.report.terminal import bench_table
+    from lamina.workload import parse_workload
+
+    program = capture(models[0])
+    aim = TargetSpec.parse(target)
+    cases = parse_workload(workload, program, None if data is None else load_data(data, program))
+    with get_backend(aim).timer(aim, cases) as timer:
+        ids = timer.add_all(models)
+        timings = timer.time(ids, None, seconds)
+        rows = [
+            {
+                "model": str(path),
+                "case": case.name,
+                "median_s": timings.latency(i, case.name).median_s,
+                "minimum_s": timings.latency(i, case.name).minimum_s,
+                "spread_s": timings.latency(i, case.name).spread_s,
+                "samples": timings.latency(i, case.name).samples,
+                "ratio": timings.ratio(i, ids[0], case.name).median,
+                "ratio_low": timings.ratio(i, ids[0], case.name).low,
+                "ratio_high": timings.ratio(i, ids[0], case.name).high,
+            }
+            for i, path in zip(ids, models, strict=True)
+            for case in cases
+        ]
+    if as_json:
+        _print_json({"target": str(aim), "rows": rows})
+    else:
+        bench_table(str(aim), rows)
+
+
+@app.command()
+def analyze(
+    model: Model,
+    data: Data = None,
+    target: Target = "ort:cpu",
+    as_json: Json = False,
+) -> None:
+    """Show blocks, branches and operators: what they cost and how redundant they look."""
+    from lamina.analysis.analyze import analyze as run
+    from lamina.backends.backend import Target as TargetSpec
+    from lamina.data import load_data
+    from lamina.ir.capture import capture
+    from lamina.report.terminal import analysis_table
+
+    program = capture(model)
+    dataset = None if data is None else load_data(data, program)
+    found: dict[str, Any] = dict(run(program, dataset, target=TargetSpec.parse(target)))
+    if as_json:
+        _print_json(found)
+    else:
+        analysis_table(found)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="directory for the result")] = Path("lamina-demo"),
+    seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 12.0,
+    as_json: Json = False,
+) -> None:
+    """Run the whole pipeline on a small model and data set that come with lamina."""
+    from lamina import demo as shipped
+
+    optimize(
+        model=shipped.MODEL,
+        output=output,
+        budget=shipped.BUDGET,
+        data=shipped.DATA,
+        metric=shipped.METRIC,
+        target="ort:cpu?threads=1",
+        workload=shipped.WORKLOAD,
+        seconds=seconds,
+        as_json=as_json,
+    )
+
+
+def _splits(data: Path | None, selection: Path | None, report: Path | None) -> Any:
+    if selection is None and report is None:
+        return data
+    if data is None or selection is None or report is None:
+        raise BudgetError(
+            "separate samples need all three of --data, --selection-data and --report-data",
+            advice="give all three, or --data alone to have it split",
+        )
+    return {"calibration": data, "selection": selection, "report": report}
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, sort_keys=True, default=str))
+
+
+def main() -> None:
+    """Run the command line; an error is one message and an exit code, never a traceback."""
+    try:
+        app()
+    except LaminaError as error:
+        if "--json" in sys.argv:
+            nearest = list(getattr(error, "nearest", ()))
+            _print_json({"error": type(error).__name__, "message": str(error), "nearest": nearest})
+        else:
+            from lamina.report.terminal import error_text
+
+            error_text(error)
+        if os.environ.get("LAMINA_TRACEBACK"):
+            raise
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
