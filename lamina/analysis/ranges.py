@@ -66,10 +66,10 @@ def choose_range(
     middle (0 when signed) and leaves the lowest integer of a signed grid unused when choosing the scale.
 
     Methods: ``minmax`` covers everything. ``percentile`` leaves ``100 - percentile`` percent of the elements
-    outside, half of them at each end (all at the one end of a one-sided value). ``mse`` clips where the
-    expected squared error, clipping plus rounding, is least: every pair of 192 clipping points an end is
-    ranked by the usual scale^2/12 rounding model, the best ones, and then each end in turn, by the exact
-    error of a histogram whose bins are uniform; elements that are exactly zero cost nothing.
+    that are not zero outside, half of them at each end (all at the one end of a one-sided value). ``mse``
+    clips where the expected squared error, clipping plus rounding, is least: every pair of 192 clipping
+    points an end is ranked by the usual scale^2/12 rounding model, the best ones, and then each end in turn,
+    by the exact error of a histogram whose bins are uniform; elements that are exactly zero cost nothing.
 
     Args:
         stat: The value's distribution.
@@ -119,7 +119,8 @@ def _scale(value: float) -> float:
 def _percentile_range(
     stat: RangeStatistics, low: float, high: float, percentile: float, symmetric: bool
 ) -> tuple[float, float]:
-    share = np.concatenate([[0.0], np.cumsum(stat.histogram)]) / stat.count
+    counts = _without_zeros(stat)
+    share = np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum()
     outside = (100.0 - percentile) / 100.0
     if symmetric and low < 0 < high:
         bound = _symmetric_quantile(stat, share, 1.0 - outside)
@@ -127,9 +128,7 @@ def _percentile_range(
     tail = outside / 2 if low < 0 < high else outside
     bottom = float(np.interp(tail, share, stat.edges)) if low < 0 else 0.0
     top = float(np.interp(1.0 - tail, share, stat.edges)) if high > 0 else 0.0
-    bottom, top = min(max(bottom, low), 0.0), max(min(top, high), 0.0)
-    # Nearly all elements are zero: their quantile is no range, so keep everything.
-    return (bottom, top) if bottom < top else (low, high)
+    return min(max(bottom, low), 0.0), max(min(top, high), 0.0)
 
 
 def _symmetric_quantile(stat: RangeStatistics, share: np.ndarray, inside: float) -> float:
