@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +37,9 @@ class OrtRunner:
         options = _session.make_options(
             asked["threads"], level=asked["level"], spin=asked["spin"], entries=entries
         )
+        if asked.get("profile"):
+            options.enable_profiling = True
+            options.profile_file_prefix = asked["profile"]
         self.session = _session.make_session(frame.blob or asked["path"], options)
         self.input_names = [i.name for i in self.session.get_inputs()]
         self.output_names = [o.name for o in self.session.get_outputs()]
@@ -82,7 +87,11 @@ def _close(state: _State, frame: Frame) -> dict[str, Any]:
 
 
 def _feeds(state: _State, frame: Frame) -> dict[str, Any]:
-    state.feeds[frame.header["case"]] = frame.arrays
+    aliases = frame.header.get("aliases", {})
+    state.feeds[frame.header["case"]] = {
+        **frame.arrays,
+        **{alias: frame.arrays[name] for alias, name in aliases.items()},
+    }
     state.calls = {key: call for key, call in state.calls.items() if key[1] != frame.header["case"]}
     return {}
 
@@ -103,6 +112,27 @@ def _time(state: _State, frame: Frame) -> dict[str, Any]:
         call()
         samples.append(clock() - start)
     return {"samples": samples}
+
+
+def _kernels(state: _State, frame: Frame) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
+        frame.header["profile"] = os.path.join(folder, "profile")
+        runner = OrtRunner(frame)
+        call = runner.prepare(state.feeds[frame.header["case"]], True)
+        warm, runs = 2, frame.header["runs"]
+        for _ in range(warm + runs):
+            call()
+        events = json.loads(Path(runner.session.end_profiling()).read_text())
+    durations: dict[tuple[str, str], list[float]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            key = (event["args"]["op_name"], event["name"])
+            durations.setdefault(key, []).append(event["dur"] * 1e-6)
+    seconds: dict[str, float] = {}
+    for (kind, _), found in durations.items():
+        each = len(found) // (warm + runs)  # nodes may share a name
+        seconds[kind] = seconds.get(kind, 0.0) + sum(found[warm * each :]) / runs
+    return {"kernels": seconds}
 
 
 def _memory(state: _State, frame: Frame) -> dict[str, Any]:
@@ -137,6 +167,7 @@ _COMMANDS: dict[str, Callable[[_State, Frame], dict[str, Any]]] = {
     "close": _close,
     "feeds": _feeds,
     "time": _time,
+    "kernels": _kernels,
     "memory": _memory,
 }
 

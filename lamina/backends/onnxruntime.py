@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,6 +15,9 @@ import onnx_ir as ir
 from lamina.backends import _session
 from lamina.backends.backend import Audit, Case, Feeds, Latency, Target, Workload
 from lamina.errors import BackendError, BudgetError
+
+if TYPE_CHECKING:
+    from lamina.backends.measure import IsolatedTimer
 
 # protobuf's limit is 2 GiB for the whole message; the graph itself needs room too
 IN_MEMORY_BYTES = 2**31 - 2**26
@@ -128,6 +131,13 @@ class OnnxRuntime:
 
         self.check(target)
         return measure(models, target, workload, seconds)
+
+    def timer(self, target: Target, workload: Workload, *, seed: int = 0) -> IsolatedTimer:
+        """A timer that keeps a worker process a model, so that models can join and leave."""
+        from lamina.backends.measure import IsolatedTimer
+
+        self.check(target)
+        return IsolatedTimer(target, workload, seed=seed)
 
     def peak_memory(self, model: Path, target: Target, case: Case) -> int:
         """Peak resident bytes a fresh process adds to load the model and run ``case``."""

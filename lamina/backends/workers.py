@@ -77,9 +77,25 @@ class Worker:
         """Free one session."""
         self.ask(Frame({"do": "close", "id": session}), 60.0)
 
-    def feed(self, case: str, feeds: Mapping[str, np.ndarray]) -> None:
-        """Give the arrays of a case; a session takes from them the inputs it has."""
-        self.ask(Frame({"do": "feeds", "case": case}, feeds), 60.0)
+    def feed(
+        self, case: str, feeds: Mapping[str, np.ndarray], aliases: Mapping[str, str] | None = None
+    ) -> None:
+        """Give the arrays of a case; a session takes from them the inputs it has.
+
+        ``aliases`` maps further input names to names in ``feeds`` whose memory they share.
+        """
+        self.ask(Frame({"do": "feeds", "case": case, "aliases": dict(aliases or {})}, feeds), 60.0)
+
+    def kernels(self, model: bytes, case: str, *, runs: int = 10) -> dict[str, float]:
+        """Seconds a run spends in each kernel type of ONNX Runtime's optimized graph, by its profiler."""
+        header = {**self._session_header("kernels", None), "case": case, "runs": runs}
+        seconds: dict[str, float] = self.ask(Frame(header, blob=model), OPEN_TIMEOUT_S)["kernels"]
+        return seconds
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
 
     def time(
         self,
