@@ -37,10 +37,10 @@ def parse_workload(spec: Any, program: Program, dataset: Dataset | None = None) 
 
     Args:
         spec: ``"1x128@0.2; 1x1@0.8"``: sizes of the dynamic dims in the order they first appear over the
-            inputs (fixed dims are not counted), with weights; or by name, ``"batch=1,seq=128@0.2"``; a case may
-            be called something, ``"prefill: 1x128@0.2"``. A list holds such texts, mappings of arrays to feed
-            as they are, ``(text or mapping, weight)`` pairs or :class:`Case` objects. None: batch 1, the other
-            dims as in the data, or else in the example.
+            inputs (fixed dims are not counted), with weights; or by name, ``"batch=1,seq=128@0.2"``; a case
+            may be called something, ``"prefill: 1x128@0.2"``. A list holds such texts, mappings of arrays to
+            feed as they are, ``(text or mapping, weight)`` pairs or :class:`Case` objects. None: batch 1,
+            the other dims as in the data, or else in the example.
         program: The model.
         dataset: Where feeds come from: rows are repeated and positions cropped or repeated to fit. Without
             it, they are drawn like the program's example.
