@@ -61,6 +61,23 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     return [target, data_path]
 
 
+def make_directory(path: str | os.PathLike[str]) -> Path:
+    """Make a directory (and its parents) unless it is there, and check that files can be made in it.
+
+    Raises:
+        OutputError: It cannot be made, is a file, or is not writable.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        what = f"cannot write into '{folder}': {error.strerror or error}"
+        raise OutputError(what, advice="choose another output directory") from error
+    return folder
+
+
 def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write a file in one step: temporary file in the same folder, fsync, rename.
 

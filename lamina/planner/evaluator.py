@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lamina.analysis.divergence import divergence
 from lamina.data import Dataset
 from lamina.errors import DataError
 from lamina.planner.space import Genome
 from lamina.planner.supergraph import Supergraph
 from lamina.quality import Metric, Outputs, standard_error
+from lamina.quality.divergence import Divergence
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Evaluator:
         return self._reference[index]
 
     def single_divergences(
-        self, probe: Dataset, kind: str, genomes: Sequence[Genome], on_done: object = None
+        self, probe: Dataset, divergence: Divergence, genomes: Sequence[Genome], on_done: object = None
     ) -> list[float]:
         """Mean output divergence of each genome from the original on ``probe``; inf where not finite."""
         batches = list(probe.batches())
@@ -114,11 +114,11 @@ class Evaluator:
                     )
         found = []
         for done, genome in enumerate(genomes):
-            values = [
-                divergence(kind, before, self._run(genome, batch))
+            features = [
+                divergence.features(self._run(genome, batch), batch, before)
                 for batch, before in zip(batches, reference, strict=True)
             ]
-            mean = float(np.concatenate(values).mean())
+            mean = divergence.score(np.concatenate(features))
             found.append(mean if np.isfinite(mean) else float("inf"))
             if callable(on_done):
                 on_done(done + 1, len(genomes))

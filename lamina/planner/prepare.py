@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lamina.analysis.cost import CostResult, cost
-from lamina.analysis.divergence import default_divergence
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
+from lamina.errors import PassError
 from lamina.ir.io import serialized_size
 from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
@@ -26,6 +26,8 @@ from lamina.planner.request import Request
 from lamina.planner.space import Genome, Space, build_space
 from lamina.planner.supergraph import build_supergraph
 from lamina.planner.timing import Stopwatch
+from lamina.quality import get_metric
+from lamina.quality.divergence import Divergence
 
 
 @dataclass
@@ -178,9 +180,11 @@ def _single_damages(request: Request, prepared: Prepared, evaluator: Evaluator) 
     per_batch = evaluator.run_seconds / max(evaluator.runs, 1)
     batches = int(np.clip(0.25 * request.seconds / max(per_batch * len(genomes), 1e-9), 1, 4))
     probe = selection.rows(slice(0, batches * selection.batch_size))
-    kind = request.metric.divergence or default_divergence(prepared.folded.program)
+    divergence = get_metric(request.metric.divergence, prepared.folded.program)
+    if not isinstance(divergence, Divergence):
+        raise PassError(f"metric '{request.metric.name}' names no divergence")
     values = evaluator.single_divergences(
-        probe, kind, genomes, lambda done, total: request.progress.update("sensitivity", done, total)
+        probe, divergence, genomes, lambda done, total: request.progress.update("sensitivity", done, total)
     )
     damage: list[list[float]] = [[0.0] * len(c.options) for c in space.choices]
     for (i, k), value in zip(where, values, strict=True):

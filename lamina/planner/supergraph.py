@@ -93,11 +93,13 @@ class _Builder:
     def __init__(self, model: ir.Model, space: Space) -> None:
         self.model, self.space = model, space
         self.rewriter = Rewriter(model)
+        originals = list(model.graph)
+        # Before any value is renamed or moved: what sites call the values.
+        self.name_of = {v: v.name or "" for n in originals for v in n.outputs}
         self._free_interface()
         originals = list(model.graph)
         self.original = {n.name or "": n for n in originals}
         self.made_by = {v: n for n in originals for v in n.outputs}
-        self.name_of = {v: v.name or "" for v in self.made_by}  # before any value moves
         self.position = {n: i for i, n in enumerate(originals)}
         self.holder = {n: n for n in originals}  # original node -> the top-level node it is in now
         self.owner = _owners(originals)  # subgraph -> the node that runs it

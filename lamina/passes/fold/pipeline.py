@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from lamina.errors import LaminaError, VerificationError
+from lamina.ir.opset import raise_opset
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewrite, Rewriter
 from lamina.passes.fold.catalog import (
@@ -143,13 +144,6 @@ def _with_opset(found: Fold, model: ir.Model) -> ir.Model:
         return model
     if not found.fires(model):
         return model
-    return raised(model, found.minimum_opset)
-
-
-def raised(model: ir.Model, version: int) -> ir.Model:
-    """``model`` at opset ``version``: the same object where the converter works in place."""
-    try:
-        from lamina.ir.opset import raise_opset
 
     raise_opset(model, found.minimum_opset)
     return model

@@ -1,4 +1,4 @@
-"""What the quantizing modules share: constants, weights kept once, and the conversions at a form's borders."""
+"""What the quantizing modules share: constants, weights kept once, conversions at a form's borders."""
 
 from __future__ import annotations
 
@@ -44,9 +44,7 @@ def attributes(node: ir.Node, *leave_out: str) -> dict[str, Any]:
     return {key: attr.value for key, attr in node.attributes.items() if key not in leave_out}
 
 
-def quantized(
-    value: ir.Value, form: str, make: Callable[[np.ndarray], QuantizedWeight]
-) -> QuantizedWeight:
+def quantized(value: ir.Value, form: str, make: Callable[[np.ndarray], QuantizedWeight]) -> QuantizedWeight:
     """The weight ``value`` in the form called ``form``, computed by ``make`` the first time."""
     tensor = constant_tensor(value)
     assert tensor is not None, f"{value.name} is not constant"  # sites() made sure
@@ -94,9 +92,7 @@ def quantize(
     return codes, scale, zero
 
 
-def dequantize(
-    rewriter: Rewriter, codes: ir.Value, scale: ir.Value, zero: ir.Value, name: str
-) -> ir.Value:
+def dequantize(rewriter: Rewriter, codes: ir.Value, scale: ir.Value, zero: ir.Value, name: str) -> ir.Value:
     """Codes back as float32."""
     return rewriter.op(
         "DequantizeLinear", [codes, scale, zero], name=f"{name}.dequantize", dtype=FLOAT, shape=codes.shape

@@ -98,6 +98,8 @@ def _read_gemm(node: ir.Node) -> Linear | str:
         return "both operands are constants"
     transposed = bool(node.attributes.get_int("transB", 0))
     alpha, beta = node.attributes.get_float("alpha", 1.0), node.attributes.get_float("beta", 1.0)
+    if alpha == 0:
+        return "alpha is 0: the product does not count"
     found = Linear(node, activation, weight, transposed, False, alpha, beta, bias)
     if bias is None:
         return found
@@ -134,7 +136,7 @@ def linear_of(site: Site, nodes: Mapping[str, ir.Node]) -> Linear:
 def bias_add_after(node: ir.Node) -> ir.Node | None:
     """The Add of a constant bias vector that is the only reader of a MatMul with its weight on the right.
 
-    It belongs to the site because runtimes fuse the pair into a float Gemm when only the product is quantized.
+    It belongs to the site: runtimes fuse the pair into a float Gemm when only the product is quantized.
     """
     value = node.outputs[0]
     uses = tuple(value.uses())

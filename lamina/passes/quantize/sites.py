@@ -117,7 +117,12 @@ def _weight_problem(weight: ir.Value | None, ranks: tuple[int, ...]) -> str | No
 
 def _embedding(node: ir.Node) -> Site | Refusal | None:
     table = constant_tensor(node.inputs[0])
-    if table is None or not table.dtype.is_floating_point() or len(table.shape) < 2 or table.size < _MINIMUM_TABLE:
+    if (
+        table is None
+        or not table.dtype.is_floating_point()
+        or len(table.shape) < 2
+        or table.size < _MINIMUM_TABLE
+    ):
         return None  # shape arithmetic and small tables are no near-misses
     reason = _weight_problem(node.inputs[0], (2,))
     if reason is None and node.attributes.get_int("axis", 0) != 0:
@@ -163,7 +168,9 @@ def activation_after(node: ir.Node) -> ir.Node | None:
     reader = uses[0].node
     if reader.graph is not node.graph or uses[0].idx != 0:
         return None
-    bounded = is_op(reader, "Clip") and all(v is None or constant_tensor(v) is not None for v in reader.inputs[1:])
+    bounded = is_op(reader, "Clip") and all(
+        v is None or constant_tensor(v) is not None for v in reader.inputs[1:]
+    )
     return reader if bounded or is_op(reader, "Relu") else None
 
 

@@ -1,8 +1,8 @@
 """Weight quantizers: integers, scales and zero points for a weight, chosen for least squared error.
 
 Codes times scale approximates the weight. Every candidate scale comes from clipping the largest magnitude by
-some ratio; given the codes it leads to, the best scale is a projection, ``<w, c> / <c, c>``, so each candidate
-is judged with that one (arXiv:1712.05877 gives the uniform grid; the search is plain least squares).
+some ratio; given the codes it leads to, the best scale is a projection, ``<w, c> / <c, c>``, so each
+candidate is judged with that one (arXiv:1712.05877 gives the uniform grid; the search is least squares).
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ def quantize_channels(
     for part in _chunks(rows):
         scale[part] = _symmetric_scale(rows[part], limit, clipping, bits)
         codes[part] = encode(rows[part], scale[part, None], limit)
+    # A channel of zeros takes a scale like the others': its bias is counted in units of it.
+    dead = ~codes.any(axis=1)
+    if dead.any() and not dead.all():
+        scale[dead] = scale[~dead].max()
+        codes[dead] = 0
     return QuantizedWeight(np.ascontiguousarray(np.moveaxis(codes.reshape(moved.shape), 0, axis)), scale)
 
 
@@ -78,8 +83,8 @@ def quantize_blocks(
 ) -> QuantizedWeight:
     """Quantize a matrix ``[K, N]`` in blocks of ``block`` along K.
 
-    Eight bits are symmetric int8; four bits are uint4 with a zero point for each block, which costs half a byte
-    a block and halves the squared error of blocks that lie to one side.
+    Eight bits are symmetric int8; four bits are uint4 with a zero point for each block: half a byte a block
+    more, and all 16 codes serve a block that lies to one side.
 
     Returns:
         Codes ``[K, N]``; scales (and zero points) ``[ceil(K / block), N]``.

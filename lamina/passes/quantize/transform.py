@@ -1,0 +1,247 @@
+"""The transform: which forms each weighted operator can take, and the code that writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+
+from lamina.errors import PassError
+from lamina.ir.program import Program
+from lamina.ir.rewriter import Rewriter
+from lamina.passes.pass_ import Effect, Form, Lossy, Need, Option, Refusal, Site, Transform
+from lamina.passes.quantize import carriers, dynamic, float16, static, weight_only
+from lamina.passes.quantize.activations import activation_range, value_named
+from lamina.passes.quantize.graph import FLOAT, constant_array
+from lamina.passes.quantize.linear import linear_of
+from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
+from lamina.passes.quantize.weight_only import weight_place
+from lamina.passes.quantize.weights import CLIPPINGS, Clipping
+
+FORMS = (
+    "w8a8-static",
+    "w8a8-dynamic",
+    "w8",
+    "w4",
+    "stored-w8",
+    "stored-w4",
+    "float16",
+    "float16-compute",
+)
+_LINEAR = ("matmul", "gemm")
+_RANGES = ("mse", "percentile", "minmax")
+Emitter = Callable[[Site, Option, Rewriter, Mapping[str, ir.Node]], ir.Value]
+
+# (site kind, option name) -> what writes it
+_EMITTERS: dict[tuple[str, str], Emitter] = {
+    ("conv", "w8a8-static"): static.emit_conv,
+    ("conv", "w8a8-dynamic"): dynamic.emit_conv,
+    **{(kind, "w8a8-static"): static.emit_linear for kind in _LINEAR},
+    **{(kind, "w8a8-dynamic"): dynamic.emit_linear for kind in _LINEAR},
+    **{(kind, name): weight_only.emit_blocks for kind in _LINEAR for name in ("w8", "w4")},
+    **{(kind, "stored-w8"): weight_only.emit_stored for kind in ("conv", "embedding", *_LINEAR)},
+    **{(kind, "stored-w4"): weight_only.emit_stored for kind in ("conv", *_LINEAR)},
+    **{(kind, "float16"): float16.emit_stored for kind in ("conv", "embedding", *_LINEAR)},
+    **{(kind, "float16-compute"): float16.emit_compute for kind in ("conv", *_LINEAR)},
+    **{(kind, "w8a8-static"): carriers.emit_carrier for kind in CARRIERS},
+}
+
+
+@dataclass(frozen=True)
+class Quantize(Transform):
+    """Compute or store weighted operators in fewer bits, one choice an operator.
+
+    Options, where they apply and the target has kernels: ``w8a8-static`` (uint8 activations by calibrated
+    ranges, int8 weights a scale a channel), ``w8a8-dynamic`` (activation ranges at run time), ``w8`` and
+    ``w4`` (weights in blocks, fused kernels), ``stored-w8``, ``stored-w4`` and ``float16`` (weights small in
+    the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling, mean, Concat, Pad)
+    offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare two conversions.
+
+    Fires: Conv with the Relu or Clip behind it, Gemm, MatMul with a constant matrix on either side and the
+    bias Add behind it, Gather from a constant float table.
+    Refuses: weights that are not constant float32, can be replaced by a caller, or lie in a subgraph; Gemm
+    with transA or a bias that is not a vector; too short a reduction.
+    Effect: Lossy. Rounding errors of at most half a scale an element, and clipping where that costs less.
+    Cost: O(nodes) to find; a least-squares search of the weights, once a process, to write.
+    Source: Jacob et al. 2018, arXiv:1712.05877 (integer arithmetic). Deviates: clipping is searched.
+
+    Attributes:
+        forms: Options to offer, a subset of :data:`FORMS`.
+        ranges: How activation ranges are chosen: ``mse``, ``percentile`` or ``minmax``.
+        clipping: How weight ranges are chosen: ``mse`` or ``minmax``.
+        block: Elements that share a scale in the block forms: a power of two, 16 to 256.
+        reduce_range: Use 7 bits of int8 weights. On x86 without VNNI the uint8 x int8 product saturates a
+            16-bit sum, which is silently wrong with large weights; 7 bits cannot saturate.
+        dynamic_conv: Offer ``w8a8-dynamic`` for Conv (ConvInteger: 6 to 9 times slower where measured).
+        carriers: Offer the operators that carry int8 between convolutions.
+        minimum_reduction: Fewest products an output sums for an operator to be worth it.
+    """
+
+    forms: tuple[str, ...] = FORMS
+    ranges: str = "mse"
+    clipping: Clipping = "mse"
+    block: int = 32
+    reduce_range: bool = False
+    dynamic_conv: bool = False
+    carriers: bool = True
+    minimum_reduction: int = 4
+
+    effect: ClassVar[Effect] = Lossy()
+    paper: ClassVar[str] = "arXiv:1712.05877"
+    axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory")
+    needs: ClassVar[frozenset[Need]] = frozenset({"ranges"})
+    name: ClassVar[str] = NAME
+
+    def __post_init__(self) -> None:
+        unknown = [form for form in self.forms if form not in FORMS]
+        if unknown:
+            raise PassError(f"quantize has no form '{unknown[0]}'", advice=f"choose from: {', '.join(FORMS)}")
+        if self.ranges not in _RANGES:
+            raise PassError(f"range method '{self.ranges}' is unknown", advice=f"choose one of {_RANGES}")
+        if self.clipping not in CLIPPINGS:
+            raise PassError(
+                f"weight clipping '{self.clipping}' is unknown", advice=f"choose one of {CLIPPINGS}"
+            )
+        if self.block not in (16, 32, 64, 128, 256):
+            raise PassError(f"block={self.block} is not possible", advice="choose 16, 32, 64, 128 or 256")
+
+    def sites(self, program: Program) -> Iterator[Site | Refusal]:
+        """Every weighted operator, embedding and carrier, or why not."""
+        for found in find_sites(program, self.minimum_reduction):
+            if self.carriers or isinstance(found, Refusal) or found.kind not in CARRIERS:
+                yield found
+
+    def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
+        """The forms of one site; static ones need ranges, float16 arithmetic needs kernels.
+
+        Args:
+            site: One of :meth:`sites` of ``program``.
+            program: The original.
+            statistics: Its ``ranges`` holds the distributions of values by name; None gives no static form.
+            target: A target, its text, or None for every form that any target has.
+        """
+        kernels = _capabilities(target)
+        found = []
+        for form in self.forms:
+            if (site.kind, form) not in _EMITTERS or not self._offered(form, site, kernels):
+                continue
+            option = self._option(form, site, program, statistics)
+            if option is not None:
+                found.append(option)
+        return tuple(found)
+
+    def emit(
+        self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]
+    ) -> list[ir.Value]:
+        """Write the option's nodes; one value, in the type and shape of the site's output.
+
+        Raises:
+            PassError: The site has no such option, or the program's opset is too old for it.
+        """
+        emitter = _EMITTERS.get((site.kind, option.name))
+        if emitter is None:
+            raise PassError(
+                f"'{site.name}' ({site.kind}) has no option '{option.name}'",
+                where=f"{NAME} {option.name}",
+                advice="the plan belongs to another version of lamina",
+            )
+        value = emitter(site, option, rewriter, nodes)
+        old = nodes[site.nodes[-1]].outputs[0]
+        value.dtype, value.shape = FLOAT, None if old.shape is None else ir.Shape(old.shape)
+        return [value]
+
+    def _offered(self, form: str, site: Site, kernels: Mapping[str, Any] | None) -> bool:
+        if form == "w8a8-dynamic" and site.kind == "conv" and not self.dynamic_conv:
+            return False
+        if form == "float16-compute":
+            halves = (kernels or {}).get("float16_kernels") or ()
+            return _OPERATORS.get(site.kind, "") in halves
+        if kernels is None or form.startswith("stored") or form == "float16":
+            return True
+        return form in kernels.get("forms", {form: ()})
+
+    def _option(self, form: str, site: Site, program: Program, statistics: Any) -> Option | None:
+        if form == "w8a8-static":
+            return self._static(site, program, statistics)
+        if form.startswith("float16"):
+            array = _weight(site, program)
+            return Option(form) if array is not None and float16.fits_float16(array) else None
+        bits = 4 if form.endswith("w4") else 7 if self.reduce_range and form.startswith("w8a8") else 8
+        parameters: dict[str, Any] = {"weight_bits": bits, "clipping": self.clipping}
+        if form in ("w8", "w4"):
+            if _is_left(site, program):
+                return None
+            return Option(form, {**parameters, "block": self.block, "opset": 21})
+        if form == "stored-w4":
+            block = _dividing_block(site, program, self.block)
+            return None if block is None else Option(form, {**parameters, "block": block, "opset": 21})
+        return Option(form, parameters)
+
+    def _static(self, site: Site, program: Program, statistics: Any) -> Option | None:
+        inputs = [activation_range(program, name, statistics, self.ranges) for name in site.inputs]
+        output = activation_range(program, site.outputs[0], statistics, self.ranges)
+        if any(given is None for given in inputs):
+            return None
+        if site.kind in CARRIERS:
+            parameters: dict[str, Any] = {"inputs": inputs, "output": output}
+            return None if output is None else Option("w8a8-static", parameters, "int8", "int8")
+        parameters = {
+            "input": inputs[0],
+            "weight_bits": 7 if self.reduce_range else 8,
+            "clipping": self.clipping,
+        }
+        if site.kind != "conv":
+            return Option("w8a8-static", parameters, "int8", "float")
+        written: Form = "int8"
+        return (
+            None
+            if output is None
+            else Option("w8a8-static", {**parameters, "output": output}, "int8", written)
+        )
+
+
+_OPERATORS = {"conv": "Conv", "matmul": "MatMul", "gemm": "Gemm"}
+
+
+def _capabilities(target: Any) -> Mapping[str, Any] | None:
+    """What the target has kernels for; None where no target is given."""
+    if target is None:
+        return None
+    from lamina.backends import get_backend
+    from lamina.backends.backend import Target
+
+    parsed = Target.parse(target)
+    return get_backend(parsed).capabilities(parsed)
+
+
+def _nodes(site: Site, program: Program) -> dict[str, ir.Node]:
+    last = value_named(program, site.outputs[0])
+    node = None if last is None else last.producer()
+    if node is None:
+        raise PassError(f"site '{site.name}' is not in the program", advice="ask for sites() of this program")
+    found = {node.name or "": node}
+    if len(site.nodes) > 1:
+        makers = [v.producer() for v in node.inputs if v is not None]
+        found[site.nodes[0]] = next(m for m in makers if m is not None and m.name == site.nodes[0])
+    return found
+
+
+def _weight(site: Site, program: Program) -> Any:
+    nodes = _nodes(site, program)
+    index, _ = weight_place(site, nodes)
+    return constant_array(nodes[site.nodes[0]].inputs[index])
+
+
+def _is_left(site: Site, program: Program) -> bool:
+    return linear_of(site, _nodes(site, program)).left
+
+
+def _dividing_block(site: Site, program: Program, block: int) -> int | None:
+    """The largest block of at least 8 that divides the reduction, so that blocks need no padding."""
+    nodes = _nodes(site, program)
+    index, axis = weight_place(site, nodes)
+    array = constant_array(nodes[site.nodes[0]].inputs[index])
+    depth = 0 if array is None else array.size // array.shape[axis]
+    return next((b for b in range(block, 7, -1) if depth and depth % b == 0), None)
