@@ -39,6 +39,11 @@ def constant_array(value: ir.Value | None) -> np.ndarray | None:
     return None if tensor is None else tensor.numpy()
 
 
+def dims_of(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The dimensions of a constant, as plain numbers."""
+    return tuple(tensor.shape.numpy())
+
+
 def attributes(node: ir.Node, *leave_out: str) -> dict[str, Any]:
     """A node's attributes as plain values, for an operator that takes its place."""
     return {key: attr.value for key, attr in node.attributes.items() if key not in leave_out}

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.passes.pass_ import Site
-from lamina.passes.quantize.graph import constant_array, constant_tensor, is_op
+from lamina.passes.quantize.graph import constant_array, constant_tensor, dims_of, is_op
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Linear:
         """Length of the reduction."""
         tensor = constant_tensor(self.weight)
         assert tensor is not None
-        return int(tensor.shape[1 - self.channel_axis])
+        return dims_of(tensor)[1 - self.channel_axis]
 
     @property
     def channels(self) -> int:
         """Length of the output dimension that the weight makes."""
         tensor = constant_tensor(self.weight)
         assert tensor is not None
-        return int(tensor.shape[self.channel_axis])
+        return dims_of(tensor)[self.channel_axis]
 
     def bias_vector(self) -> np.ndarray | None:
         """``beta * b`` as float32 ``[channels]``."""
@@ -106,13 +106,13 @@ def _read_gemm(node: ir.Node) -> Linear | str:
     tensor = constant_tensor(bias)
     if tensor is None:
         return "the bias is not constant"
-    dims = [int(d) for d in tensor.shape]
-    if dims not in ([], [1], [1, 1]) and (not is_row(dims) or dims[-1] != found.channels):
-        return f"the bias has shape {dims}, which is not one number a column"
+    dims = dims_of(tensor)
+    if dims not in ((), (1,), (1, 1)) and (not is_row(dims) or dims[-1] != found.channels):
+        return f"the bias has shape {list(dims)}, which is not one number a column"
     return found
 
 
-def is_row(dims: list[int]) -> bool:
+def is_row(dims: tuple[int, ...]) -> bool:
     """Whether every dimension but the last is 1."""
     return bool(dims) and all(d == 1 for d in dims[:-1])
 
@@ -148,8 +148,8 @@ def bias_add_after(node: ir.Node) -> ir.Node | None:
     bias, weight = constant_tensor(bias_of(add, node)), constant_tensor(node.inputs[1])
     if bias is None or weight is None or bias.dtype != ir.DataType.FLOAT or len(weight.shape) != 2:
         return None
-    dims = [int(d) for d in bias.shape]
+    dims = dims_of(bias)
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     # A bias of higher rank than the product would raise the rank of the result.
     known = len(dims) == 1 or (shape is not None and len(dims) <= len(shape))
-    return add if known and is_row(dims) and dims[-1] == int(weight.shape[1]) else None
+    return add if known and is_row(dims) and dims[-1] == dims_of(weight)[1] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +10,7 @@ import onnx_ir as ir
 
 from lamina.ir.program import Program
 from lamina.passes.pass_ import Refusal, Site
-from lamina.passes.quantize.graph import FLOAT, constant_array, constant_tensor, is_op
+from lamina.passes.quantize.graph import FLOAT, constant_array, constant_tensor, dims_of, is_op
 from lamina.passes.quantize.linear import bias_add_after, read_linear
 
 NAME = "quantize"
@@ -149,7 +150,7 @@ def _overridable(node: ir.Node) -> Refusal | None:
 
 def _size(value: ir.Value | None, part: slice) -> int:
     tensor = constant_tensor(value)
-    return 0 if tensor is None else int(np.prod([int(d) for d in tensor.shape][part]))
+    return 0 if tensor is None else math.prod(dims_of(tensor)[part])
 
 
 def _refuse(node: ir.Node, reason: str) -> Refusal:
