@@ -1,7 +1,7 @@
 """Quality metrics: how good a model's outputs are, and how much worse a candidate's got."""
 
 from lamina.quality.choose import METRICS, get_metric
-from lamina.quality.evaluate import Run, damage_interval, evaluate, reference_outputs, standard_error
+from lamina.quality.evaluation import Run, damage_interval, evaluate, reference_outputs, standard_error
 from lamina.quality.metric import Metric, Outputs, RatioMetric
 from lamina.quality.user import UserMetric
 
