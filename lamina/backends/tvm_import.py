@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lamina.backends.tvm_operators import NEWEST_OPSET, Unimportable, unimportable
+from lamina.backends.tvm_operators import Unimportable, unimportable
 from lamina.errors import BudgetError, DataError, UnsupportedOperator
 from lamina.ir.capture import capture
 from lamina.ir.normalize import infer_shapes
@@ -20,7 +20,7 @@ from lamina.ir.rewriter import Rewriter
 OLDEST_OPSET = 18  # below, TVM has converters for some definitions only
 _SHOWN = 5
 # operators that hand positions on unchanged, from a Range to the Gather that looks them up
-_CARRIERS = frozenset("Cast Expand Identity Reshape Squeeze Transpose Unsqueeze".split())
+_CARRIERS = frozenset(["Cast", "Expand", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -71,7 +71,7 @@ def prepare(model: ir.Model | Path, shapes: Shapes, bound: int | None) -> Prepar
     if shapes:
         _pin(work, shapes, name)
     _fold(work)
-    limit = _rewrite_ranges(work, bound)
+    limit = _rewrite_ranges(work, bound, name)
     refuse(list(unimportable(work)), name)
     view = Program(work)
     return Prepared(program, work, view.inputs, tuple(p.name for p in view.outputs), limit, name)
@@ -90,7 +90,7 @@ def refuse(found: Sequence[Unimportable], where: str) -> None:
     if len(found) > _SHOWN:
         lines.append(f"and {len(found) - _SHOWN} more")
     advice = "compile it with target ort:cpu; docs/tvm.md lists what TVM can import"
-    if any(u.operator == "Range" or u.reason.startswith("needs a constant") for u in found):
+    if any(u.reason.startswith("needs a constant") for u in found):
         advice = "fix the input shapes, e.g. &shapes=input:1x128 in the target; or use target ort:cpu"
     raise UnsupportedOperator(
         f"TVM cannot import {first.operator}: {'; '.join(lines)}", where=where, advice=advice
@@ -158,7 +158,9 @@ def _pin(model: ir.Model, shapes: Shapes, where: str) -> None:
                 f"shapes: '{name}' is not an input", where=where, advice=f"inputs: {', '.join(inputs)}"
             )
         have = tuple(value.shape) if value.shape is not None else (None,) * len(wanted)
-        if len(have) != len(wanted) or any(isinstance(h, int) and h != w for h, w in zip(have, wanted)):
+        if len(have) != len(wanted) or any(
+            isinstance(h, int) and h != w for h, w in zip(have, wanted, strict=True)
+        ):
             raise BudgetError(f"shapes: '{name}' is {value.shape}, not {list(wanted)}", where=where)
         for dim, size in zip(have, wanted, strict=True):
             symbol = dim.value if isinstance(dim, ir.SymbolicDim) else None
@@ -200,7 +202,7 @@ def _fold(model: ir.Model) -> None:
 # -- Range ------------------------------------------------------------------------------------------
 
 
-def _rewrite_ranges(model: ir.Model, bound: int | None) -> int | None:
+def _rewrite_ranges(model: ir.Model, bound: int | None, where: str) -> int | None:
     """Rewrite each open ``Range(0, T, 1)`` to the first T of a constant; the smallest bound used, or None.
 
     TVM gives the result of such a Range a length that has nothing to do with the T it came from, and later
@@ -211,31 +213,42 @@ def _rewrite_ranges(model: ir.Model, bound: int | None) -> int | None:
     for node in [n for n in model.graph if n.op_type == "Range" and not n.domain]:
         if all(v is not None and v.const_value is not None for v in node.inputs):
             continue
+        if not _counts_up(node):
+            raise _refused_range(node, "counts to an open size but not by one from zero", where)
         largest = _looked_up(node.outputs[0]) or bound
-        if largest is None or not _counts_up(node):
-            why = "counts to an open size, and no table says how far" if _counts_up(node) else "is not Range(0,T,1)"
-            refuse([Unimportable(node.name or "", "Range", why)], model.graph.name or "model")
-            continue
+        if largest is None:
+            raise _refused_range(node, "counts to an open size, and no table says how far", where)
         bounds.append(largest)
-        rewriter.at(node)
-        label = node.name or "range"
-        table = rewriter.constant(np.arange(largest, dtype=np.int64), f"{label}_positions")
-        zero = rewriter.constant(np.zeros(1, np.int64), f"{label}_zero")
-        limit = node.inputs[1]
-        shape = rewriter.constant(np.ones(1, np.int64), f"{label}_one")
-        end = rewriter.op("Reshape", [limit, shape], name=f"{label}_end", dtype=ir.DataType.INT64)
-        part = rewriter.op("Slice", [table, zero, end, zero], name=f"{label}_part", dtype=ir.DataType.INT64)
-        part.shape = node.outputs[0].shape
-        rewriter.replace_uses(node.outputs[0], part)
-        rewriter.remove([node])
+        _slice_positions(rewriter.at(node), node, largest)
     return min(bounds, default=None)
+
+
+def _refused_range(node: ir.Node, reason: str, where: str) -> UnsupportedOperator:
+    return UnsupportedOperator(
+        f"TVM cannot import Range: node '{node.name}' {reason}",
+        where=where,
+        advice="fix the input shapes (&shapes=input:1x128 in the target), or bound the limit (&bound=512)",
+    )
+
+
+def _slice_positions(rewriter: Rewriter, node: ir.Node, largest: int) -> None:
+    label = node.name or "range"
+    table = rewriter.constant(np.arange(largest, dtype=np.int64), f"{label}_positions")
+    zero = rewriter.constant(np.zeros(1, np.int64), f"{label}_zero")
+    axis = rewriter.constant(np.zeros(1, np.int64), f"{label}_axis")
+    end = rewriter.op("Unsqueeze", [node.inputs[1], axis], name=f"{label}_end", dtype=ir.DataType.INT64)
+    part = rewriter.op("Slice", [table, zero, end, axis], name=f"{label}_part", dtype=ir.DataType.INT64)
+    part.shape = node.outputs[0].shape
+    rewriter.replace_uses(node.outputs[0], part)
+    rewriter.remove([node])
 
 
 def _counts_up(node: ir.Node) -> bool:
     start, _, step = node.inputs
-    constants = [v.const_value.numpy().item() if v is not None and v.const_value is not None else None for v in (start, step)]
-    output = node.outputs[0]
-    return constants == [0, 1] and output.dtype == ir.DataType.INT64
+    if start is None or step is None or start.const_value is None or step.const_value is None:
+        return False
+    values = (start.const_value.numpy().item(), step.const_value.numpy().item())
+    return values == (0, 1) and node.outputs[0].dtype == ir.DataType.INT64
 
 
 def _looked_up(value: ir.Value) -> int | None:
@@ -253,6 +266,3 @@ def _looked_up(value: ir.Value) -> int | None:
                 seen.update(fresh)
                 queue += fresh
     return min(rows, default=None)
-
-
-assert NEWEST_OPSET >= OLDEST_OPSET

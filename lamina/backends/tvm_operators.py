@@ -16,18 +16,19 @@ import onnx_ir as ir
 NEWEST_OPSET = 22  # what TVM's converters were written and tested against
 
 _STANDARD = """
-Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization BitShift BitwiseAnd
-BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Clip Compress Concat Constant ConstantOfShape Conv
-ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout DynamicQuantizeLinear Einsum Elu Equal
-Erf Exp Expand EyeLike Flatten Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool
-Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Hardmax Identity If
-InstanceNormalization IsInf IsNaN LRN LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax LpPool MatMul
-MatMulInteger Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not Or
-PRelu Pad Pow QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp
-ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RoiAlign Round
+Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization BitShift
+BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Clip Compress Concat Constant
+ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DepthToSpace DequantizeLinear Div Dropout
+DynamicQuantizeLinear Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor Gather GatherElements
+GatherND Gelu Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization
+HardSigmoid HardSwish Hardmax Identity If InstanceNormalization IsInf IsNaN LRN LayerNormalization
+LeakyRelu Less LessOrEqual Log LogSoftmax LpPool MatMul MatMulInteger Max MaxPool Mean
+MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not Or PRelu Pad Pow
+QuantizeLinear RMSNormalization Range Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax
+ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Reshape Resize RoiAlign Round
 ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign
-SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unique Unsqueeze Where
-Xor
+SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unique
+Unsqueeze Where Xor
 """
 _CONTRIB = "Attention BiasGelu EmbedLayerNormalization FastGelu Gelu SkipLayerNormalization"
 
@@ -43,7 +44,10 @@ DTYPES = frozenset(
 
 # Inputs TVM reads while it imports: they must be constants by then (after folding).
 _CONSTANT_INPUTS: dict[str, tuple[int, ...]] = {
-    **{f"Reduce{k}": (1,) for k in "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split()},
+    **{
+        f"Reduce{k}": (1,)
+        for k in ["L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "Sum", "SumSquare"]
+    },
     "CumSum": (1,),
     "Pad": (1, 3),
     "Resize": (1, 2, 3),
@@ -171,7 +175,9 @@ def _mod(node: ir.Node) -> str | None:
     value = _input(node, 0)
     floating = value is not None and value.dtype is not None and value.dtype.is_floating_point()
     return (
-        "is an integer remainder of floats" if floating and not _integer(node, "fmod", 0) else _same_dtype(node)
+        "is an integer remainder of floats"
+        if floating and not _integer(node, "fmod", 0)
+        else _same_dtype(node)
     )
 
 
@@ -206,7 +212,9 @@ def _resize(node: ir.Node) -> str | None:
     # TVM interpolates by the ratio of the sizes, ONNX by the scales: the same only when sizes come out whole
     sizes = data.shape if data is not None and data.shape is not None else ()
     factors = scales.const_value.numpy().ravel()
-    whole = all(not isinstance(d, int) or float(d * f).is_integer() for d, f in zip(sizes, factors, strict=False))
+    whole = all(
+        not isinstance(d, int) or float(d * f).is_integer() for d, f in zip(sizes, factors, strict=False)
+    )
     return None if whole else "interpolates by scales that give no whole size, which TVM gets wrong"
 
 
