@@ -1,0 +1,203 @@
+"""Run the reference suite: float32, ONNX Runtime's dynamic and static int8, lamina at drop <= 1 %.
+
+    python -m tools.bench.run [--cases minilm,kwt1] [--threads 1,2] [--seconds 120] [--out out/bench]
+
+Every model of a case is timed in alternation, each in a process of its own, in one run a thread count; the
+float32 original at full graph optimization is the 1.0. Quality is on report data that no search saw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import lamina
+from lamina.backends.backend import Target
+from lamina.backends.measure import IsolatedTimer
+from lamina.data import load_data
+from lamina.ir.capture import capture
+from lamina.workload import parse_workload
+from tools.bench import judge, peers
+from tools.bench.cases import CASES, Case
+
+
+def run_case(case: Case, out: Path, threads: list[int], seconds: float, seed: int) -> dict[str, Any]:
+    """All systems on one case."""
+    folder = out / case.name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    data = case.load()
+    models = {"float32": case.path}
+    with tempfile.TemporaryDirectory() as scratch:
+        plain = peers.preprocessed(peers.one_file(case.path, Path(scratch)), Path(scratch))
+        names = [p.name for p in capture(case.path).inputs]
+        models["ort dynamic"] = peers.dynamic(plain, folder)
+        models["ort static"] = peers.static(plain, folder, data["calibration"], names, case.batch_size)
+    started = time.perf_counter()
+    note = ""
+    try:
+        result = lamina.optimize(
+            case.path,
+            drop="1%",
+            data=data,
+            metric=case.metric,
+            target="ort:cpu?threads=1",
+            workload=case.workload,
+            seconds=seconds,
+            seed=seed,
+            batch_size=case.batch_size,
+        )
+        result.save(folder / "lamina")
+        models["lamina"] = folder / "lamina" / "model.onnx"
+    except lamina.InfeasibleBudget as error:
+        note = str(error)
+    took = time.perf_counter() - started
+    quality = {name: judge.score(case, path, data["report"]) for name, path in models.items()}
+    rows: dict[str, Any] = {
+        name: {
+            "metric": quality[name],
+            "damage_percent": judge.damage(case, quality["float32"], quality[name]),
+            "bytes": _bytes(path),
+            "times": {},
+        }
+        for name, path in models.items()
+    }
+    for count in threads:
+        for name, times in timed(case, models, count).items():
+            rows[name]["times"][count] = times
+    return {"case": case.name, "metric": case.metric, "optimize_s": took, "note": note, "systems": rows}
+
+
+def timed(case: Case, models: dict[str, Path], threads: int) -> dict[str, dict[str, Any]]:
+    """Ratios to float32 on both shapes, round by round."""
+    program = capture(case.path)
+    samples = load_data(case.load()["calibration"], program)
+    workload = parse_workload(case.workload, program, samples)
+    with IsolatedTimer(Target("ort", "cpu", threads), workload) as timer:
+        ids = dict(zip(models, timer.add_all(list(models.values())), strict=True))
+        timings = timer.time(list(ids.values()), None, 12.0)
+        found: dict[str, dict[str, Any]] = {}
+        for name, number in ids.items():
+            found[name] = {}
+            for item in workload:
+                ratio = timings.ratio(number, ids["float32"], item.name)
+                latency = timings.latency(number, item.name)
+                found[name][item.name] = {
+                    "ratio": ratio.median,
+                    "low": ratio.low,
+                    "high": ratio.high,
+                    "median_s": latency.median_s,
+                    "samples": latency.samples,
+                }
+    return found
+
+
+def best_peer(found: dict[str, Any], threads: int, shape: str, allowed: float = 1.0) -> float:
+    """Time of the best uniform quantization that holds the budget; 1.0 where none does better."""
+    times = [1.0]
+    for name in ("ort dynamic", "ort static"):
+        system = found["systems"][name]
+        if system["damage_percent"] <= allowed:
+            times.append(system["times"][threads][shape]["ratio"])
+    return min(times)
+
+
+def summary(results: list[dict[str, Any]], threads: int) -> dict[str, float]:
+    """Geometric means over cases and shapes of lamina's time and of lamina's over the best peer's."""
+    own, against = [], []
+    for found in results:
+        if "lamina" not in found["systems"]:
+            continue
+        for shape, times in found["systems"]["lamina"]["times"][threads].items():
+            own.append(times["ratio"])
+            against.append(best_peer(found, threads, shape) / times["ratio"])
+    if not own:
+        return {}
+    return {
+        "lamina_time": float(np.exp(np.mean(np.log(own)))),
+        "faster_than_best_peer": float(np.exp(np.mean(np.log(against)))),
+        "worst_against_best_peer": float(min(against)),
+    }
+
+
+def show(results: list[dict[str, Any]], threads: int) -> None:
+    """One table."""
+    table = Table(title=f"time / float32 at {threads} thread(s); quality on report data", title_justify="left")
+    for name in ("case", "system", "metric", "damage", "MB", "small shape", "large shape"):
+        table.add_column(name)
+    for found in results:
+        for name, row in found["systems"].items():
+            times = sorted(row["times"][threads].values(), key=lambda t: t["median_s"])
+            cells = [f"{t['ratio']:.3f} ({t['low']:.3f}-{t['high']:.3f})" for t in times]
+            table.add_row(
+                found["case"], name, f"{row['metric']:.3f}", f"{row['damage_percent']:+.2f}", f"{row['bytes'] / 1e6:.2f}", *cells
+            )
+        table.add_section()
+    Console(width=140).print(table)
+
+
+def plot(results: list[dict[str, Any]], threads: int, path: Path) -> None:
+    """Time against damage, one marker a system and shape, as a page."""
+    import plotly.graph_objects as go
+
+    figure = go.Figure()
+    for name in ("float32", "ort dynamic", "ort static", "lamina"):
+        points = [
+            (t["ratio"], f["systems"][name]["damage_percent"], f"{f['case']} {shape}")
+            for f in results
+            if name in f["systems"]
+            for shape, t in f["systems"][name]["times"][threads].items()
+        ]
+        if points:
+            x, y, text = zip(*points, strict=True)
+            figure.add_trace(go.Scatter(x=x, y=y, text=text, mode="markers", name=name))
+    figure.update_layout(
+        title=f"Reference suite, {threads} thread(s)",
+        xaxis_title="time / float32 (log)",
+        yaxis_title="damage: points, or percent of the loss",
+        xaxis_type="log",
+    )
+    figure.update_yaxes(range=[-2, 10])
+    figure.write_html(path, include_plotlyjs=True)
+
+
+def _bytes(path: Path) -> int:
+    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) if path.parent.name != "minilm" else sum(
+        p.stat().st_size for p in path.parent.iterdir() if p.suffix in (".onnx", ".bin")
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(c.name for c in CASES))
+    parser.add_argument("--threads", default="1,2")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    chosen = parser.parse_args()
+    threads = [int(t) for t in chosen.threads.split(",")]
+    wanted = chosen.cases.split(",")
+    results = []
+    for case in CASES:
+        if case.name in wanted:
+            print(f"{case.name} ...", flush=True)
+            results.append(run_case(case, chosen.out, threads, chosen.seconds, chosen.seed))
+            (chosen.out / "bench.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
+    for count in threads:
+        show(results, count)
+        print(count, "thread(s):", json.dumps(summary(results, count)))
+        plot(results, count, chosen.out / f"bench_{count}.html")
+
+
+if __name__ == "__main__":
+    main()
