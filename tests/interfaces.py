@@ -29,5 +29,14 @@ def interface(
 
 
 def _values(specs: Mapping[str, Spec]) -> list[onnx.ValueInfoProto]:
-    types = {"float32": 1, "uint8": 2, "int32": 6, "int64": 7, "string": 8, "bool": 9, "float16": 10}
+    types = {
+        "float32": 1,
+        "uint8": 2,
+        "int32": 6,
+        "int64": 7,
+        "string": 8,
+        "bool": 9,
+        "float16": 10,
+        "float64": 11,
+    }
     return [onnx.helper.make_tensor_value_info(n, types[t], list(shape)) for n, (t, shape) in specs.items()]

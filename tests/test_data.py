@@ -275,6 +275,11 @@ def test_not_finite_values_are_named_with_their_sample() -> None:
     assert "'score' holds NaN, first in sample 1" in text
 
 
+def test_large_doubles_are_finite() -> None:
+    double = interface({"x": ("float64", ["b"])}, {"y": ("float32", ["b"])})
+    assert load_data(np.array([1e300, -1e300]), double).samples == 2
+
+
 def test_sample_counts_must_agree() -> None:
     a, b = np.ones((4, 2), np.float32), np.zeros((3, 3), np.float32)
     assert "different numbers of samples (a: 4, b: 3)" in message({"a": a, "b": b}, TWO)

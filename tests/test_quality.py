@@ -373,6 +373,12 @@ def test_a_function_sees_all_samples_at_once() -> None:
     assert standard_error(metric, features, features) == 0
 
 
+def test_a_function_sees_the_samples_that_were_run() -> None:
+    data = Dataset({"x": np.arange(10.0)[:, None]}, {"labels": np.arange(10)}, 4, fixed_batch=4)
+    metric = get_metric(lambda o, d: len(o["logits"]) == len(d["labels"]) == 8, CLASSIFIER)
+    assert metric.score(evaluate(table(np.ones((10, 5))), data, metric)) == 1
+
+
 def test_one_number_a_sample_gives_an_interval() -> None:
     logits, labels = RNG.standard_normal((40, 5)).astype(np.float32), RNG.integers(0, 5, 40)
     metric = get_metric(lambda o, d: o["logits"].argmax(1) == d["labels"], CLASSIFIER)
@@ -465,7 +471,17 @@ def test_bad_outputs_are_named() -> None:
 
 
 def test_large_finite_outputs_are_fine() -> None:
-    reference_outputs(table(np.full((4, 5), 3e38, np.float32)), indexed(4))
+    import ml_dtypes
+
+    for value, dtype in (
+        (3e38, np.float32),
+        (1e300, np.float64),
+        (6e4, np.float16),
+        (3e38, ml_dtypes.bfloat16),
+    ):
+        reference_outputs(table(np.full((4, 5), value, dtype)), indexed(4))
+    with pytest.raises(DataError, match="holds NaN"):
+        reference_outputs(table(np.full((4, 5), np.nan, ml_dtypes.bfloat16)), indexed(4))
 
 
 def test_references_run_kept_or_itself() -> None:

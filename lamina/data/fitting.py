@@ -233,12 +233,17 @@ def _check_finite(name: str, array: np.ndarray, rows: int, where: str) -> None:
     flat = array.reshape(len(array), -1) if array.ndim else array.reshape(1, -1)
     step = max(1, (16 << 20) // max(1, flat.shape[1]))
     for start in range(0, len(flat), step):
-        good = np.isfinite(flat[start : start + step].astype(np.float32, copy=False)).all(axis=1)
+        good = np.isfinite(_plain(flat[start : start + step])).all(axis=1)
         if not good.all():
             row = start + int(np.argmin(good))
-            kind = "NaN" if np.isnan(flat[row].astype(np.float32)).any() else "an infinite value"
+            kind = "NaN" if np.isnan(_plain(flat[row])).any() else "an infinite value"
             what = f"'{name}' holds {kind}, first in sample {row // rows}"
             raise DataError(what, where=where, advice="clean or drop such samples")
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """bfloat16 and its kin as float32, which numpy's tests understand in every version."""
+    return array.astype(np.float32) if array.dtype.kind == "V" else array
 
 
 def _default_batch(program: Program, sizes: Mapping[str, int], group: int) -> int:

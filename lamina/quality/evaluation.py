@@ -36,7 +36,10 @@ def evaluate(
     itself = callable(reference_run) and reference_run == run
     originals = None if itself else _originals(dataset, reference_run)
     if metric.whole:
-        return metric.features(_concatenated(o for _, o in outputs), dataset)
+        covered = dataset
+        if dataset.fixed_batch:
+            covered = dataset.rows(slice(0, dataset.samples - dataset.samples % dataset.fixed_batch))
+        return metric.features(_concatenated(o for _, o in outputs), covered)
     parts = []
     for batch, answer in outputs:
         original = next(originals, None) if originals is not None else None
@@ -79,9 +82,9 @@ def _check_output(name: str, values: np.ndarray, where: str) -> None:
     if not is_float(values):
         return
     with np.errstate(invalid="ignore", over="ignore"):
-        if np.isfinite(values.sum(dtype=np.float32)):
+        if np.isfinite(values.sum(dtype=np.promote_types(values.dtype, np.float32))):
             return
-    values = values.astype(np.float32, copy=False)
+    values = values.astype(np.float32) if values.dtype.kind == "V" else values
     nan = bool(np.isnan(values).any())
     if nan or np.isposinf(values).any():
         what = f"output '{name}' holds {'NaN' if nan else 'an infinite value'}"
