@@ -46,9 +46,8 @@ class MergeQdq(Fold):
         for node in list(rewriter.graph):
             if is_op(node, "Relu", "Clip"):
                 self._drop_activation(node, rewriter)
-            elif is_op(node, *_CONVERSIONS):
-                if not self._undo_round_trip(node, rewriter):
-                    self._merge(node, first, rewriter)
+            elif is_op(node, *_CONVERSIONS) and not self._undo_round_trip(node, rewriter):
+                self._merge(node, first, rewriter)
 
     def _drop_activation(self, node: ir.Node, rewriter: Rewriter) -> None:
         source, result, where = node.inputs[0], node.outputs[0], node.name or node.op_type
@@ -73,8 +72,11 @@ class MergeQdq(Fold):
         return True
 
     def _merge(self, node: ir.Node, first: dict[Hashable, ir.Node], rewriter: Rewriter) -> None:
-        survivor = first.setdefault(_signature(node), node)
-        if survivor is node:
+        signature = _signature(node)
+        survivor = first.get(signature)
+        # trap: undoing a round trip may have taken the survivor out of the graph
+        if survivor is None or survivor.graph is None:
+            first[signature] = node
             return
         where = node.name or node.op_type
         for old, new in zip(node.outputs, survivor.outputs, strict=True):
