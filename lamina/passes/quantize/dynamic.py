@@ -98,8 +98,8 @@ def _to_float(
     real = rewriter.op("Cast", [sums], {"to": int(FLOAT)}, name=f"{site.name}.cast", dtype=FLOAT)
     constant = rewriter.constant(scale, f"{site.name}.weight_scale")
     if scale.ndim == 2 and op_type == "MatMulInteger":
-        # trap: ONNX Runtime fuses cast * (step * scale) into a kernel that has no int8 x uint8 form, and takes
-        # the scales of rows for those of columns; scaling one after the other is not fused
+        # trap: ONNX Runtime fuses cast * (step * scale) into a kernel that has no int8 x uint8 form and takes
+        # the scales of rows for those of columns; scaling by one after the other is not fused
         rows = rewriter.op("Mul", [real, constant], name=f"{site.name}.rows", dtype=FLOAT)
         return rewriter.op("Mul", [rows, step], name=f"{site.name}.scaled", dtype=FLOAT)
     factor = rewriter.op("Mul", [step, constant], name=f"{site.name}.scale", dtype=FLOAT)
