@@ -14,8 +14,8 @@ _EMPTY = b"\0none"
 def fingerprint(model: ir.Model) -> str:
     """32 hex digits over operators, attributes, weights, wiring and interface, in linear time.
 
-    Interface names, dtypes and shapes count. Node names, inner value names, node order, documentation, metadata
-    and nodes no output depends on do not.
+    Interface names, dtypes and shapes count. Node names, inner value names, node order, documentation,
+    metadata and nodes no output depends on do not.
     """
     graph = model.graph
     versions = dict(model.opset_imports)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -13,9 +14,7 @@ from lamina.errors import UnsupportedOperator
 from lamina.ir.names import subgraphs
 
 NEWEST = 25
-_REDUCTIONS = (
-    "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSumSquare"
-).split()
+_REDUCTIONS = ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 
 
 def raise_opset(model: ir.Model, version: int) -> None:
@@ -93,7 +92,7 @@ def _nodes(graph: ir.Graph) -> Iterator[ir.Node]:
 
 def _steps(node: ir.Node, have: int, version: int) -> Iterator[_Step]:
     versions = sorted({_since(node, v) for v in range(have, version + 1)})
-    for old, new in zip(versions, versions[1:], strict=False):
+    for old, new in pairwise(versions):
         adapter = _ADAPTERS.get((node.op_type, new))
         if adapter is not None:
             yield adapter
@@ -217,5 +216,5 @@ _ADAPTERS: dict[tuple[str, int], _Step] = {
     ("DFT", 20): _Step(_accept, _axis_to_input),
     ("GridSample", 20): _Step(_accept, _grid_sample_mode),
     ("GroupNormalization", 21): _Step(_check_group_norm, _group_norm_per_channel),
-    **{(op, 18): _Step(_accept, _axes_to_input) for op in _REDUCTIONS},
+    **{(f"Reduce{kind}", 18): _Step(_accept, _axes_to_input) for kind in _REDUCTIONS},
 }

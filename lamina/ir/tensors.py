@@ -96,7 +96,7 @@ def _inside(folder: Path, location: str, where: str) -> Path:
 
 def view(data: np.ndarray, dtype: ir.DataType, shape: ir.Shape, name: str | None) -> ir.TensorProtocol:
     """A tensor over raw little-endian bytes, without a copy."""
-    dims = tuple(int(d) for d in shape)
+    dims = shape.numpy()
     if dtype.bitwidth < 8:
         return ir.PackedTensor(data, dtype, shape=ir.Shape(dims), name=name)
     kind = dtype.numpy().newbyteorder("<")
