@@ -78,7 +78,7 @@ class Costs:
         """The same costs without options that help on none of ``axes``.
 
         An int8 option stays unless it loses more than its conversions could ever give back: it may pay
-        by keeping a neighbour in int8. A little slack allows for prices that a whole model corrects.
+        by keeping a neighbour in int8.
         """
         kept = [
             [k for k in range(len(c.options)) if self._useful(i, k + 1, axes)]
@@ -112,10 +112,10 @@ class Costs:
             return True
         if {"size", "memory"} & set(axes) and self.delta["size"][index][gene - 1] < 0:
             return True
-        slack = 0.002 * self.base["latency"]
+        slack = -0.0003 * self.base["latency"]  # gains below that are timing noise
         if self.reads_int8(index, gene) or self.writes_int8(index, gene):
             near = [b for b in self.borders if index == b.producer or index in b.consumers]
-            slack += sum(b.quantize + b.dequantize for b in near)
+            slack = sum(b.quantize + b.dequantize for b in near)
         return self.latency_delta(index, gene) < slack
 
     def predict(self, genome: Genome) -> dict[str, float]:

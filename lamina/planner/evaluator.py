@@ -12,7 +12,7 @@ from lamina.data import Dataset
 from lamina.errors import DataError
 from lamina.planner.space import Genome
 from lamina.planner.supergraph import Supergraph
-from lamina.quality import Metric, Outputs, standard_error
+from lamina.quality import Metric, Outputs, evaluate, standard_error
 from lamina.quality.divergence import Divergence
 
 
@@ -62,7 +62,8 @@ class Evaluator:
             DataError: The candidate's outputs are not finite.
         """
         genome = self.space.canonical(genome)
-        wanted = len(self.batches) if batches is None else min(batches, len(self.batches))
+        every = batches is None or self.metric.whole
+        wanted = len(self.batches) if every or batches is None else min(batches, len(self.batches))
         original = self._collect(self.space.nothing, wanted)
         candidate = original if genome == self.space.nothing else self._collect(genome, wanted)
         if not np.isfinite(candidate).all():
@@ -72,12 +73,20 @@ class Evaluator:
         return Score(value, damage, standard_error(self.metric, original, candidate), len(candidate))
 
     def _collect(self, genome: Genome, wanted: int) -> np.ndarray:
+        if self.metric.whole:  # a metric that must see all samples at once cannot be staged
+            return self._whole(genome)
         known = self._features.setdefault(genome, [])
         for index in range(len(known), wanted):
             batch = self.batches[index]
             outputs = self._run(genome, batch)
             known.append(self.metric.features(outputs, batch, self._reference_outputs(index)))
         return np.concatenate(known[:wanted])
+
+    def _whole(self, genome: Genome) -> np.ndarray:
+        known = self._features.setdefault(genome, [])
+        if not known:
+            known.append(evaluate(lambda x: self.supergraph.run(genome, x), self.selection, self.metric))
+        return known[0]
 
     def _run(self, genome: Genome, batch: Dataset) -> Outputs:
         start = time.perf_counter()

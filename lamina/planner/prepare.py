@@ -10,6 +10,7 @@ from lamina.analysis.cost import CostResult, cost
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
+from lamina.data import Dataset
 from lamina.errors import PassError
 from lamina.ir.io import serialized_size
 from lamina.ir.shapes import observed_shapes
@@ -28,6 +29,10 @@ from lamina.planner.supergraph import build_supergraph
 from lamina.planner.timing import Stopwatch
 from lamina.quality import get_metric
 from lamina.quality.divergence import Divergence
+
+
+# Samples that activation ranges are taken from.
+MOST_CALIBRATION = 128
 
 
 @dataclass
@@ -60,7 +65,7 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch) -> Prepared:
         wanted = sorted({v for s in sites if s.transform != "drop" for v in (*s.inputs, *s.outputs)})
         statistics = collect(
             program,
-            request.splits.calibration,
+            calibration_rows(request),
             ranges=wanted,
             progress=lambda done, total: progress.update("analyze", done, total),
         )
@@ -72,6 +77,12 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch) -> Prepared:
     with progress.stage("price"):
         _measure_groups(request, prepared, stopwatch)
     return prepared
+
+
+def calibration_rows(request: Request) -> Dataset:
+    """The calibration samples that ranges are taken from: ranges settle long before more would help."""
+    calibration = request.splits.calibration
+    return calibration.rows(slice(0, min(calibration.samples, MOST_CALIBRATION)))
 
 
 def sensitivity(request: Request, prepared: Prepared) -> tuple[Evaluator, list[list[float]]]:
@@ -159,7 +170,7 @@ def _worth_building(request: Request, costs: Costs, genome: Genome) -> bool:
 def build(request: Request, prepared: Prepared, genome: Genome, *, recalibrate: bool = False) -> Realized:
     """The finished program of a genome and its plan."""
     moves = prepared.costs.space.moves(genome)
-    calibration = request.splits.calibration if recalibrate else None
+    calibration = calibration_rows(request) if recalibrate else None
     return realize(
         prepared.folded.program, prepared.plan, moves, calibration, prepared.statistics, request.target
     )
@@ -179,7 +190,7 @@ def _single_damages(request: Request, prepared: Prepared, evaluator: Evaluator) 
     evaluator.score(space.nothing, 1)
     per_batch = evaluator.run_seconds / max(evaluator.runs, 1)
     batches = int(np.clip(0.25 * request.seconds / max(per_batch * len(genomes), 1e-9), 1, 4))
-    probe = selection.rows(slice(0, batches * selection.batch_size))
+    probe = selection.rows(slice(0, batches * selection.batch_size // selection.group))
     divergence = get_metric(request.metric.divergence, prepared.folded.program)
     if not isinstance(divergence, Divergence):
         raise PassError(f"metric '{request.metric.name}' names no divergence")

@@ -122,7 +122,7 @@ def capture(program: Program, names: Sequence[str], feeds: Mapping[str, np.ndarr
 
 
 def border_unit(count: int, kind: str, spatial: bool) -> tuple[Unit, dict[str, np.ndarray]]:
-    """A conversion of ``count`` elements, with the change of layout integer convolutions need if ``spatial``."""
+    """A conversion of ``count`` elements; if ``spatial``, with the layout integer convolutions work in."""
     shape = (1, 16, count // 64, 4) if spatial else (count,)
     dims = ",".join(map(str, shape))
     scalars = "<float s = {0.02}, uint8 z = {128}>"

@@ -1,6 +1,6 @@
 """Micro-models for pricing: one site cut out of its program, as it is or in one of its options.
 
-A unit reads the site's activations as inputs, in the shapes a case really has, and exposes the site's outputs.
+A unit reads the site's activations as inputs, in the shapes a case really has, and exposes its outputs.
 Replicas of it in one model share the memory of the inputs but not the inputs themselves, so that no runtime
 merges work the real program does at every site.
 """
@@ -86,10 +86,10 @@ class Extractor:
         for node in nodes:
             model.graph.append(copy_node(node, mapping))
         for old, new in mapping.items():
-            if old.name in observed and not new.is_initializer():
-                shape, _ = observed[old.name]
-                new.shape = ir.Shape(shape)
-                new.type = old.type or ir.TensorType(ir.DataType.from_numpy(observed[old.name][1]))
+            known = observed.get(old.name or "")
+            if known is not None and not new.is_initializer():
+                new.shape = ir.Shape(known[0])
+                new.type = old.type or ir.TensorType(ir.DataType.from_numpy(known[1]))
         by_name = {old.name: new for old, new in mapping.items()}
         model.graph.outputs.extend(by_name[name] for name in site.outputs)
         return Unit(model, sources)
@@ -113,7 +113,7 @@ class Extractor:
                 new.type = ir.TensorType(ir.DataType.from_numpy(observed[str(value.name)][1]))
                 inputs.append(new)
             else:
-                new.type, new.shape = ir.TensorType(tensor.dtype), ir.Shape([int(d) for d in tensor.shape])
+                new.type, new.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
                 constants.append(new)
             mapping[value] = new
         graph = ir.Graph(
@@ -207,16 +207,13 @@ def structure(parameters: Any, key: str = "") -> Any:
     if isinstance(parameters, (bool, str)) or parameters is None:
         return parameters
     if isinstance(parameters, int):
-        return "int" if "zero" in key else parameters
+        # a zero point at an end of the range says that a Relu or Clip became part of the quantizer
+        return "int" if "zero" in key and parameters not in (0, 255) else parameters
     if isinstance(parameters, float):
         return "float"
     if isinstance(parameters, Iterable):
         items = [structure(v, key) for v in parameters]
-        if any(isinstance(item, Mapping) for item in items) or all(
-            isinstance(i, (str, int)) for i in items[:8]
-        ):
-            return items if len(items) <= 8 else f"list of {len(items)}"
-        return f"list of {len(items)}"
+        return items if len(items) <= 8 else f"list of {len(items)}"
     return type(parameters).__name__
 
 
@@ -246,7 +243,7 @@ def copy_node(node: ir.Node, mapping: dict[ir.Value, ir.Value], suffix: str = ""
         [_copy_attribute(a, mapping) for a in node.attributes.values()],
         overload=node.overload,
         num_outputs=len(node.outputs),
-        name=f"{node.name}{suffix}",
+        name=f"{node.name}{suffix}" if node.name else None,
     )
     for old, fresh in zip(node.outputs, new.outputs, strict=True):
         fresh.name = f"{old.name}{suffix}" if old.name else ""
@@ -264,7 +261,7 @@ def _copy_attribute(attribute: ir.Attr, mapping: Mapping[ir.Value, ir.Value]) ->
     for copy in copies:
         for node in copy.all_nodes():
             for i, value in enumerate(node.inputs):
-                if value in mapping:
+                if value is not None and value in mapping:
                     node.replace_input_with(i, mapping[value])
         copy.outputs[:] = [mapping.get(v, v) for v in copy.outputs]
     return ir.Attr(attribute.name, attribute.type, copies[0] if single else copies)

@@ -27,7 +27,8 @@ Request = tuple[Site, Transform, Sequence[Option]]
 Progress = Callable[[int, int], None]
 BorderKind = Literal["quantize", "dequantize"]
 
-_SMALLEST_BORDER = 4**4
+_SMALLEST_BORDER = 8**3
+_BORDER_STEP = 8
 _SAVE_EVERY = 25
 
 
@@ -84,9 +85,9 @@ class Prices:
     ) -> dict[Key, float]:
         """Seconds of every site as it is and in every option, per case.
 
-        Static int8 options are priced without the conversions at their borders (see :meth:`border`); ``drop``
-        costs nothing by definition. An option the runtime refuses costs infinity; a site whose float form cannot
-        be run on its own counts as free, its options as infinite; :attr:`failures` says why.
+        Static int8 options are priced without the conversions at their borders (see :meth:`border`);
+        ``drop`` costs nothing by definition. An option the runtime refuses costs infinity; a site whose float
+        form cannot be run on its own counts as free, its options as infinite; :attr:`failures` says why.
 
         Args:
             program: The program the sites belong to.
@@ -118,7 +119,8 @@ class Prices:
     def border(self, shape: Sequence[int], kind: BorderKind, case: str = "") -> float:
         """Seconds of one conversion of a tensor between float32 and uint8, interpolated by element count.
 
-        Rank-4 tensors and up also change their layout where integer convolutions begin and end; that is included.
+        Tensors of rank 4 and up also change their layout where integer convolutions begin and end; that is
+        included.
 
         Args:
             shape: The tensor's shape.
@@ -129,11 +131,11 @@ class Prices:
         spatial = len(shape) >= 4
         upper = _SMALLEST_BORDER
         while upper < count:
-            upper *= 4
+            upper *= _BORDER_STEP
         if upper == _SMALLEST_BORDER:
             return self._border_point(upper, kind, spatial)
-        low, high = (self._border_point(n, kind, spatial) for n in (upper // 4, upper))
-        share = (count - upper // 4) / (upper - upper // 4)
+        low, high = (self._border_point(n, kind, spatial) for n in (upper // _BORDER_STEP, upper))
+        share = (count - upper // _BORDER_STEP) / (upper - upper // _BORDER_STEP)
         return low + share * (high - low)
 
     # -- signatures ---------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ class Prices:
                     if self.store.get(signature) is None:
                         unit, feeds = border_unit(count, kind, spatial)
                         self.store.put(bench.measure(signature, unit, feeds))
-                count *= 4
+                count *= _BORDER_STEP
         self.store.save()
 
 

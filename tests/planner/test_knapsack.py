@@ -14,7 +14,9 @@ from lamina.planner.space import Space
 
 
 def every_genome(space: Space) -> set[tuple[int, ...]]:
-    return {space.canonical(g) for g in itertools.product(*[range(len(c.options) + 1) for c in space.choices])}
+    return {
+        space.canonical(g) for g in itertools.product(*[range(len(c.options) + 1) for c in space.choices])
+    }
 
 
 def total_damage(damage: list[list[float]], genome: tuple[int, ...]) -> float:

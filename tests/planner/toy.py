@@ -33,7 +33,11 @@ toy (float[n, 8] x) => (float[n, 8] y) {
 
 def toy_program(seed: int = 0) -> Program:
     """x + mlp(x), twice, with random weights."""
-    model = ir.from_onnx_text(TEXT.replace("(float[n, 8] x)", "(float[n, 8] x, float[8,8] w1, float[8,8] w2, float[8,8] w3, float[8,8] w4)"))
+    model = ir.from_onnx_text(
+        TEXT.replace(
+            "(float[n, 8] x)", "(float[n, 8] x, float[8,8] w1, float[8,8] w2, float[8,8] w3, float[8,8] w4)"
+        )
+    )
     rng = np.random.default_rng(seed)
     for value in list(model.graph.inputs)[1:]:
         array = rng.normal(size=(8, 8), scale=0.4).astype(np.float32)
@@ -53,12 +57,22 @@ class Halve(Transform):
         for node in program.graph:
             if node.op_type == "MatMul":
                 names = [v.name or "" for v in node.inputs if v is not None]
-                yield Site("halve", node.name or "", "matmul", (node.name or "",), (names[0],), (node.outputs[0].name or "",), (names[1],))
+                yield Site(
+                    "halve",
+                    node.name or "",
+                    "matmul",
+                    (node.name or "",),
+                    (names[0],),
+                    (node.outputs[0].name or "",),
+                    (names[1],),
+                )
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
         return (Option("half", {"by": 0.5}), Option("quarter", {"by": 0.25}))
 
-    def emit(self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> list[ir.Value]:
+    def emit(
+        self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]
+    ) -> list[ir.Value]:
         node = nodes[site.nodes[0]]
         product = rewriter.op("MatMul", list(node.inputs))
         factor = rewriter.constant(np.float32(option.parameters["by"]), f"{site.name}_factor")
@@ -72,13 +86,18 @@ class Cut(Transform):
     name: ClassVar[str] = "cut"
 
     def sites(self, program: Program) -> Iterator[Site]:
-        for names, skip, output in ((("a1", "a2", "a3", "a4"), "x", "s1"), (("c1", "c2", "c3", "c4"), "s1", "s2")):
+        for names, skip, output in (
+            (("a1", "a2", "a3", "a4"), "x", "s1"),
+            (("c1", "c2", "c3", "c4"), "s1", "s2"),
+        ):
             yield Site("cut", f"branch.{names[0]}", "mlp", names, (skip,), (output,))
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
         return (Option("drop"),)
 
-    def emit(self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> list[ir.Value]:
+    def emit(
+        self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]
+    ) -> list[ir.Value]:
         skip = nodes[site.nodes[-1]].inputs[0]
         assert skip is not None
         return [skip]
@@ -96,7 +115,9 @@ class Clamp(Transform):
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
         return (Option("six"),)
 
-    def emit(self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> list[ir.Value]:
+    def emit(
+        self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]
+    ) -> list[ir.Value]:
         total = rewriter.op("Add", list(nodes["c4"].inputs))
         low, high = rewriter.constant(np.float32(0), "low"), rewriter.constant(np.float32(0.5), "high")
         return [rewriter.op("Clip", [total, low, high])]
@@ -121,7 +142,9 @@ def random_costs(space: Space, seed: int, *, borders: bool = False) -> tuple[Cos
             cost = rng.random(2) * 0.05
             found.append(Border(f"t{i}", i - 1, (i,), bool(rng.integers(2)), float(cost[0]), float(cost[1])))
     delta = {"latency": rows, "size": sizes, "flops": [[0.0] * len(r) for r in rows]}
-    return Costs(space, {"latency": 1.0, "size": 1000.0, "flops": 10.0}, delta, [0.1] * len(rows), found), damage
+    return Costs(
+        space, {"latency": 1.0, "size": 1000.0, "flops": 10.0}, delta, [0.1] * len(rows), found
+    ), damage
 
 
 def plain_choice(index: int, forms: Sequence[tuple[str, str]]) -> Choice:

@@ -68,7 +68,9 @@ def damage(case: Case, original: float, value: float) -> float:
     return (value / original - 1) * 100 if case.metric == "cross-entropy" else original - value
 
 
-def ratio(original: Path, other: Path, feeds: dict[str, np.ndarray], threads: int, rounds: int = 25) -> dict[str, float]:
+def ratio(
+    original: Path, other: Path, feeds: dict[str, np.ndarray], threads: int, rounds: int = 25
+) -> dict[str, float]:
     """Time of ``other`` over ``original``, alternating short bursts in one process, median over rounds."""
     runners = [session(original, threads), session(other, threads)]
     for runner in runners:

@@ -131,7 +131,9 @@ def summary(results: list[dict[str, Any]], threads: int) -> dict[str, float]:
 
 def show(results: list[dict[str, Any]], threads: int) -> None:
     """One table."""
-    table = Table(title=f"time / float32 at {threads} thread(s); quality on report data", title_justify="left")
+    table = Table(
+        title=f"time / float32 at {threads} thread(s); quality on report data", title_justify="left"
+    )
     for name in ("case", "system", "metric", "damage", "MB", "small shape", "large shape"):
         table.add_column(name)
     for found in results:
@@ -139,7 +141,12 @@ def show(results: list[dict[str, Any]], threads: int) -> None:
             times = sorted(row["times"][threads].values(), key=lambda t: t["median_s"])
             cells = [f"{t['ratio']:.3f} ({t['low']:.3f}-{t['high']:.3f})" for t in times]
             table.add_row(
-                found["case"], name, f"{row['metric']:.3f}", f"{row['damage_percent']:+.2f}", f"{row['bytes'] / 1e6:.2f}", *cells
+                found["case"],
+                name,
+                f"{row['metric']:.3f}",
+                f"{row['damage_percent']:+.2f}",
+                f"{row['bytes'] / 1e6:.2f}",
+                *cells,
             )
         table.add_section()
     Console(width=140).print(table)
@@ -171,14 +178,18 @@ def plot(results: list[dict[str, Any]], threads: int, path: Path) -> None:
 
 
 def _bytes(path: Path) -> int:
-    return sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*")) if path.parent.name != "minilm" else sum(
-        p.stat().st_size for p in path.parent.iterdir() if p.suffix in (".onnx", ".bin")
+    return (
+        sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
+        if path.parent.name != "minilm"
+        else sum(p.stat().st_size for p in path.parent.iterdir() if p.suffix in (".onnx", ".bin"))
     )
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", default=",".join(c.name for c in CASES))
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--seconds", type=float, default=120.0)
