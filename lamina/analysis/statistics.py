@@ -34,7 +34,8 @@ class Statistics:
         samples: Rows that were run.
         ranges: Value name -> its distribution.
         branches: Branch name -> what it does to its skip.
-        skipped: Branch name -> why it has no statistics (a skip that is reshaped on its way, for instance).
+        skipped: Value or branch name -> why it has no statistics: not floating, nothing finite, a skip that
+            is reshaped on its way.
     """
 
     samples: int
@@ -72,7 +73,7 @@ def collect(
 
     Raises:
         DataError: The data is empty or does not fit; an input or output of the model is NaN or infinite; a
-            requested value does not exist, is not floating or has no finite element.
+            requested value does not exist or is a weight.
         BackendError: ONNX Runtime refuses the program.
     """
     batches = _batching(program, dataset)
@@ -95,7 +96,7 @@ def collect(
             for name in outputs:
                 require_finite(f"output '{name}'", values[name], where)
             values.update({k: v for k, v in feeds.items() if k not in values})
-            _reduce(pool, values, _mask_of(batch, mask), range_sums, branch_sums, where)
+            _reduce(pool, values, _mask_of(batch, mask), range_sums, branch_sums)
             del values, feeds
             done += len(batch)
             if progress is not None:
@@ -109,14 +110,13 @@ def _reduce(
     mask: np.ndarray | None,
     range_sums: Mapping[str, RangeAccumulator],
     branch_sums: Sequence[BranchAccumulator],
-    where: str,
 ) -> None:
     def take_range(name: str) -> None:
         array = values[name]
-        if array.dtype.kind != "f":
-            advice = "ranges are for floating values"
-            raise DataError(f"value '{name}' is {array.dtype}, not floating", where=where, advice=advice)
-        range_sums[name].add(_without_padding(array, mask))
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            range_sums[name].problem = f"{getattr(array, 'dtype', 'a sequence')}, not floating"
+        else:
+            range_sums[name].add(_without_padding(array, mask))
 
     def take_branch(total: BranchAccumulator) -> None:
         probe = total.probe
@@ -130,14 +130,12 @@ def _reduce(
 def _statistics(
     samples: int, range_sums: Mapping[str, RangeAccumulator], branch_sums: Sequence[BranchAccumulator]
 ) -> Statistics:
-    for name, total in range_sums.items():
-        if not total.count:
-            raise DataError(f"value '{name}' has no finite element", advice="give samples that reach it")
+    skipped = {n: t.problem or "no finite element" for n, t in range_sums.items() if not t.count}
     usable = [b for b in branch_sums if not b.problem and b.tokens]
-    skipped = {b.probe.name: b.problem or "no token is left" for b in branch_sums if b not in usable}
+    skipped |= {b.probe.name: b.problem or "no token is left" for b in branch_sums if b not in usable}
     return Statistics(
         samples,
-        {name: total.result() for name, total in range_sums.items()},
+        {name: total.result() for name, total in range_sums.items() if total.count},
         {b.probe.name: b.result() for b in usable},
         skipped,
     )

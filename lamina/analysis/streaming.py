@@ -124,6 +124,7 @@ class RangeAccumulator:
         self._maximum = -np.inf
         self._zeros = 0
         self._nonfinite = 0
+        self.problem: str | None = None
 
     def add(self, array: np.ndarray) -> None:
         """Take in one batch's array, of any shape and floating dtype."""

@@ -260,3 +260,19 @@ def test_zero_vectors_have_defined_angles() -> None:
     stat = total.result()
     assert stat.cosine == pytest.approx(1 / 3)
     assert stat.relative_norm == 1.0
+
+
+def test_values_without_a_range_are_skipped_with_a_reason() -> None:
+    program, data = residual_program(), residual_data(9)
+    shape = ir.node("Shape", [program.graph.inputs[0]], name="shape")
+    log = ir.node("Log", [program.graph.node("relu").outputs[0]], name="log")
+    shape.outputs[0].name, log.outputs[0].name = "dims", "logarithm"
+    program.graph.extend([shape, log])
+    program.model.graph.node("add").replace_input_with(0, program.graph.node("add").inputs[1])
+    zero = ir.node("Sub", [program.graph.inputs[0]] * 2, name="zero")
+    program.graph.insert_before(program.graph.node("matmul"), zero)
+    zero.outputs[0].name = "nothing"
+    program.graph.node("matmul").replace_input_with(0, zero.outputs[0])
+    statistics = collect(program, data, ranges=["dims", "logarithm", "body"], threads=1)
+    assert statistics.skipped == {"dims": "int64, not floating", "logarithm": "no finite element"}
+    assert list(statistics.ranges) == ["body"]
