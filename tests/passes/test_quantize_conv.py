@@ -102,7 +102,8 @@ def test_an_activation_the_range_does_not_imply_stays():
     quantized = quantize_all(prog, "w8a8-static", calibrate(prog, x))
     result = run(quantized, x)
     assert np.abs(result).max() <= 1.01
-    assert relative_error(result, run(prog, x)) < 0.025
+    # the error is that of sums several times larger than what the bounds let through
+    assert relative_error(result, run(prog, x)) < 0.035
 
 
 def test_dynamic_conv_is_offered_on_request_only():
