@@ -6,13 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import onnx_ir as ir
 
 from lamina.errors import BudgetError
+
+if TYPE_CHECKING:
+    from lamina.backends.measure import IsolatedTimer
 
 Feeds = Mapping[str, np.ndarray]
 
@@ -149,8 +152,15 @@ class Backend(Protocol):
         """Peak resident bytes a fresh process needs to load and run the model, interpreter excluded."""
         ...
 
-    def audit(self, model: ir.Model, target: Target) -> Audit:
-        """Compile, then read which kernels really run."""
+    def timer(self, target: Target, workload: Workload, *, seed: int = 0) -> IsolatedTimer:
+        """A timer that keeps one worker process a model, so that models can join and leave."""
+        ...
+
+    def audit(self, model: ir.Model, target: Target, planned: Mapping[str, str] | None = None) -> Audit:
+        """Compile, then read which kernels really run.
+
+        ``planned`` maps names of weighted nodes to the option they were given.
+        """
         ...
 
     def package(self, model: ir.Model, target: Target, directory: Path) -> list[Path]:

@@ -43,7 +43,8 @@ def pick_forms(program: Program, stopwatch: Stopwatch, progress: Progress, *, se
     measured = stopwatch.compare([bare.model, folded.model], seconds=seconds)
     keep = 1 if measured[1].ratio <= measured[0].ratio * (1 + LEAST_GAIN) else 0
     best, best_names, only = candidates[keep]
-    relative, log, chosen = measured[keep], [_entry("folds", measured[1], keep == 1)], ()
+    relative, log = measured[keep], [_entry("folds", measured[1], keep == 1)]
+    chosen: tuple[str, ...] = ()
     forms = form_names()
     for i, form in enumerate(forms):
         progress.update("fold", i, len(forms), form)

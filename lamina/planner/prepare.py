@@ -30,7 +30,6 @@ from lamina.planner.timing import Stopwatch
 from lamina.quality import get_metric
 from lamina.quality.divergence import Divergence
 
-
 # Samples that activation ranges are taken from.
 MOST_CALIBRATION = 128
 
@@ -127,12 +126,12 @@ def group_genomes(space: Space) -> list[Genome]:
             counts = kinds.setdefault(option.name, {})
             counts[choice.site.kind] = counts.get(choice.site.kind, 0) + 1
     genomes: list[Genome] = []
-    for option, counts in kinds.items():
-        if option != "drop":
-            genomes.append(space.uniform(option))
+    for name, counts in kinds.items():
+        if name != "drop":
+            genomes.append(space.uniform(name))
         if len(counts) > 1:
-            genomes += [space.uniform(option, [kind]) for kind in counts]
-        elif option == "drop":
+            genomes += [space.uniform(name, [kind]) for kind in counts]
+        elif name == "drop":
             genomes.append(_every_other(space))
     return list(dict.fromkeys(g for g in genomes if any(g)))
 

@@ -42,8 +42,8 @@ def build_costs(
     weights = [case.weight / seconds for case, seconds in zip(workload, original_s, strict=True)]
 
     def relative(choice: Choice, option: str) -> float:
-        key = (choice.transform.name, choice.site.name, option)
-        return sum(w * table[(*key, case.name)] for w, case in zip(weights, workload, strict=True))
+        transform, site = choice.transform.name, choice.site.name
+        return sum(w * table[transform, site, option, c.name] for w, c in zip(weights, workload, strict=True))
 
     share = [relative(c, "float") for c in space.choices]
     latency = [

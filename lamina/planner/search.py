@@ -228,16 +228,11 @@ class Search:
         taken = [i for i, g in enumerate(genome) if g]
         for _ in range(200):
             genes = list(genome)
-            undo = (
-                self.random.choice(
-                    taken, size=min(len(taken), int(self.random.integers(1, 3))), replace=False
-                )
-                if taken
-                else []
-            )
+            some = min(len(taken), int(self.random.integers(1, 3)))
+            undo = [int(i) for i in self.random.choice(taken, size=some, replace=False)] if taken else []
             for i in undo:
                 genes[i] = 0
-            changed = [int(i) for i in undo]
+            changed = list(undo)
             for i in self.random.permutation(count)[: int(self.random.integers(1, 4))]:
                 if i not in changed:
                     genes[i] = int(self.random.integers(0, len(self.costs.space.choices[i].options) + 1))

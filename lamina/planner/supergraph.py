@@ -21,6 +21,7 @@ from lamina.planner.plan import Move
 from lamina.planner.space import Choice, Genome, Space
 
 FLAGS = "lamina_flags"
+Reader = tuple[ir.Node, int]  # a node and which of its inputs
 
 
 @dataclass
@@ -151,19 +152,19 @@ class _Builder:
         self.rewriter.at(None)
         for (old, uses), new in zip(readers.items(), top.outputs, strict=True):
             self.stands_for[new] = self.stands_for.get(old, old)
-            for use in uses:
-                use.node.replace_input_with(use.idx, new)
+            for node, position in uses:
+                node.replace_input_with(position, new)
         self.position[top] = self.position[nodes[-1]]
         for name in choice.span:
             self.holder[self.original[name]] = top
 
-    def _outside_readers(self, nodes: Sequence[ir.Node]) -> dict[ir.Value, list[ir.Usage]]:
+    def _outside_readers(self, nodes: Sequence[ir.Node]) -> dict[ir.Value, list[Reader]]:
         """Values made by ``nodes`` that others read, with those uses."""
         inside = set(nodes)
-        found: dict[ir.Value, list[ir.Usage]] = {}
+        found: dict[ir.Value, list[Reader]] = {}
         for node in nodes:
             for value in node.outputs:
-                uses = [use for use in value.uses() if self._top(use.node) not in inside]
+                uses = [(use.node, use.idx) for use in value.uses() if self._top(use.node) not in inside]
                 if uses:
                     found[value] = uses
         return found

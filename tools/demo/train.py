@@ -1,7 +1,7 @@
-"""Train the model `lamina demo` ships: a residual convnet on scikit-learn's digits (8x8 greyscale, 10 classes).
+"""Train the model `lamina demo` ships: a residual convnet on scikit-learn's digits (8x8, 10 classes).
 
-The data set is the test part of Alpaydin and Kaynak's "Optical Recognition of Handwritten Digits" (UCI, CC BY 4.0),
-as scikit-learn packages it. Usage: python tools/demo/train.py lamina/demo
+The data set is the test part of Alpaydin and Kaynak's "Optical Recognition of Handwritten Digits" (UCI,
+CC BY 4.0), as scikit-learn packages it. Usage: python tools/demo/train.py lamina/demo
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Block(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The block's output, shaped like ``x``."""
         return torch.relu(x + self.conv2(torch.relu(self.conv1(x))))
 
 
@@ -42,6 +43,7 @@ class Digits(nn.Module):
         self.head = nn.Linear(WIDTH, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits ``[b, 10]`` of images ``[b, 1, 8, 8]``."""
         x = self.blocks(torch.relu(self.stem(images)))
         return self.head(x.mean(dim=(2, 3)))
 
