@@ -12,9 +12,10 @@ from lamina.passes.fold.graph import attribute, constant, is_op
 from lamina.passes.pass_ import Effect, Exact, Fold
 
 _ALWAYS = frozenset({"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Softplus", "Exp", "Sqrt"})
-_IF_FIRST = frozenset(
-    ["MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool", "ReduceMax", "ReduceMean", "ReduceSum", "Slice", "Split", "Gather", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Expand"]
-)
+_POOLS = ("MaxPool", "AveragePool", "GlobalMaxPool", "GlobalAveragePool")
+_REDUCTIONS = ("ReduceMax", "ReduceMean", "ReduceSum")
+_MOVES = ("Slice", "Split", "Gather", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Expand")
+_IF_FIRST = frozenset(_POOLS + _REDUCTIONS + _MOVES + ("Identity",))
 _IF_ALL = frozenset({"Add", "Sum", "Mul", "Concat", "Max"})
 
 
