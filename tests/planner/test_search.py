@@ -1,0 +1,70 @@
+"""The search finds what exhaustive enumeration finds, on a measured damage that is not additive."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from toy import random_costs, toy_program, toy_space
+
+from lamina.planner.evaluator import Score
+from lamina.planner.search import Goal, Search
+from lamina.planner.space import Genome, Space
+
+
+class Judge:
+    """Stands in for the evaluator: damage is known exactly and has an interaction term."""
+
+    def __init__(self, space: Space, damage: list[list[float]]) -> None:
+        self.space, self.damage = space, damage
+        self.batches = [None] * 4
+
+    def score(self, genome: Genome, batches: int | None = None) -> Score:
+        taken = [self.damage[i][g - 1] for i, g in enumerate(genome) if g]
+        total = sum(taken) + 0.2 * max(len(taken) - 1, 0)
+        return Score(1 - total, total, 0.0, 100)
+
+
+def every(space: Space) -> set[Genome]:
+    return {space.canonical(g) for g in itertools.product(*[range(len(c.options) + 1) for c in space.choices])}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_least_latency_under_a_damage_bound(seed: int) -> None:
+    space = toy_space(toy_program())
+    costs, damage = random_costs(space, seed)
+    judge = Judge(space, damage)
+    goal = Goal("latency", {}, 1.2)
+    found = Search(costs, damage, judge, goal, seconds=20, seed=seed).run()[0]  # type: ignore[arg-type]
+    assert found.score.damage <= 1.2
+    fits = [g for g in every(space) if judge.score(g).damage <= 1.2]
+    best = min(costs.predict(g)["latency"] for g in fits)
+    assert found.predicted["latency"] <= best + 0.01
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_least_damage_under_a_cost_bound(seed: int) -> None:
+    space = toy_space(toy_program())
+    costs, damage = random_costs(space, seed)
+    judge = Judge(space, damage)
+    goal = Goal("damage", {"latency": 0.9}, float("inf"))
+    found = Search(costs, damage, judge, goal, seconds=20, seed=seed).run()[0]  # type: ignore[arg-type]
+    assert found.predicted["latency"] <= 0.9 + 1e-9
+    fits = [g for g in every(space) if costs.predict(g)["latency"] <= 0.9]
+    assert found.score.damage <= min(judge.score(g).damage for g in fits) + 0.05
+
+
+def test_an_impossible_bound_leaves_nothing_feasible() -> None:
+    space = toy_space(toy_program())
+    costs, damage = random_costs(space, 0)
+    goal = Goal("damage", {"latency": -5.0}, float("inf"))
+    found = Search(costs, damage, Judge(space, damage), goal, seconds=5).run()  # type: ignore[arg-type]
+    assert not found[0].feasible(goal)
+
+
+def test_the_same_seed_finds_the_same_plan() -> None:
+    space = toy_space(toy_program())
+    costs, damage = random_costs(space, 2)
+    goal = Goal("latency", {}, 1.0)
+    runs = [Search(costs, damage, Judge(space, damage), goal, seconds=20, seed=7).run()[0] for _ in range(2)]  # type: ignore[arg-type]
+    assert runs[0].genome == runs[1].genome
