@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -156,7 +157,7 @@ class Tvm:
         path, loader = directory / "model.so", directory / "run_tvm.py"
         _copy(library.path, path)
         _copy(Path(tvm_loader.__file__), loader)
-        moved = Library(**{**vars(library), "path": path})
+        moved = replace(library, path=path)
         return [path, write_interface(moved, target), loader]
 
     def _library(self, model: ir.Model | Path, target: Target, cases: Sequence[Feeds] = ()) -> Library:

@@ -219,10 +219,10 @@ def _large(array: np.ndarray) -> np.ndarray:
 
 
 def _halved(array: np.ndarray, shape: Sequence[object]) -> np.ndarray:
-    dims = zip(shape, array.shape, strict=True)
-    return np.array(
-        array[tuple(slice(None) if isinstance(d, int) else slice(0, -(-n // 2)) for d, n in dims)]
-    )
+    kept = []
+    for dim, size in zip(shape, array.shape, strict=True):
+        kept.append(slice(None) if isinstance(dim, int) else slice(0, -(-size // 2)))
+    return np.array(array[tuple(kept)])
 
 
 def check(path: Path, prepared: Prepared, target: Target, feeds: Mapping[str, Feeds]) -> float:

@@ -31,7 +31,9 @@ class Library:
         path = Path(path).resolve()
         self.interface: dict[str, Any] = json.loads(path.with_name(path.name + ".json").read_text())
         # TVM reads these once, when it is imported
-        os.environ.setdefault("TVM_NUM_THREADS", str(threads or self.interface["threads"]))
+        if threads is not None:
+            os.environ["TVM_NUM_THREADS"] = str(threads)
+        os.environ.setdefault("TVM_NUM_THREADS", str(self.interface["threads"]))
         os.environ.setdefault("TVM_BIND_THREADS", "0")
         os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
         os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")

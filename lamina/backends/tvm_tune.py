@@ -86,7 +86,7 @@ def _runner(ms: Any) -> Any:
 
 
 def _progress(ms: Any, total: int, report: Report) -> Any:
-    from tvm.runtime.support import derived_object
+    from tvm.ir.utils import derived_object
 
     @derived_object
     class Counting(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
