@@ -52,10 +52,10 @@ def capture(
         source = name or model.graph.name or "<onnx_ir.Model>"
         return _program(capture_onnx.from_ir(model, source), source, example_inputs)
     if "torch" in sys.modules:
-        from lamina.ir import capture_torch
+        from lamina.ir.capture_torch import accepts, capture_torch
 
-        if capture_torch.accepts(model):
-            return capture_torch.capture_torch(model, example_inputs, dynamic_shapes, name)
+        if accepts(model):
+            return capture_torch(model, example_inputs, dynamic_shapes, name)
     raise CaptureError(
         f"a {type(model).__module__}.{type(model).__qualname__} is not a model lamina can read",
         advice="give an .onnx path, an onnx.ModelProto, an onnx_ir.Model, a torch.nn.Module with "

@@ -1,0 +1,220 @@
+"""Check that a program is whole: structure after every pass, onnx's own checker at the end."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import onnx
+import onnx_ir as ir
+
+from lamina.errors import CaptureError, VerificationError
+from lamina.ir.names import subgraphs
+from lamina.ir.normalize import check_valid, label
+from lamina.ir.program import Program
+from lamina.ir.skeleton import skeleton
+
+
+def verify_structure(subject: Program | ir.Model, pass_name: str = "") -> None:
+    """Check ownership, single definition, def before use, uses, names, arity, initializers and interface.
+
+    One walk over nodes and edges, subgraphs included.
+
+    Args:
+        subject: What to check; not changed.
+        pass_name: The pass that ran last, for the message.
+
+    Raises:
+        VerificationError: An invariant is broken; names the pass, the node and the invariant.
+    """
+    _Verifier(subject.model if isinstance(subject, Program) else subject, pass_name).run()
+
+
+def check(subject: Program | ir.Model) -> None:
+    """Run onnx's checker, and hold every known shape and dtype against shape inference.
+
+    Raises:
+        VerificationError: The checker objects, or a value's shape or dtype contradicts what is inferred.
+    """
+    model = subject.model if isinstance(subject, Program) else subject
+    source = subject.source if isinstance(subject, Program) else model.graph.name or "the model"
+    try:
+        check_valid(model, source)
+    except CaptureError as error:
+        raise VerificationError(
+            error.what, where=source, advice="this is a bug in lamina: report it"
+        ) from error
+    _check_types(model)
+
+
+class _Verifier:
+    def __init__(self, model: ir.Model, pass_name: str) -> None:
+        self._model = model
+        self._pass = pass_name
+        self._opset = model.opset_imports.get("", 1)
+        self._defined: dict[ir.Value, int] = {}
+        self._value_names: set[str] = set()
+        self._node_names: set[str] = set()
+
+    def run(self) -> None:
+        graph = self._model.graph
+        self._interface(graph)
+        self._graph(graph)
+
+    def _interface(self, graph: ir.Graph) -> None:
+        if not graph.outputs:
+            self._fail("the graph has no outputs", "its interface")
+        for value in (*graph.inputs, *graph.outputs):
+            if not value.name:
+                self._fail("an input or output has no name", "its interface")
+        for value in graph.outputs:
+            if value.type is None:
+                self._fail(f"output '{value.name}' has no type", "its interface")
+
+    def _graph(self, graph: ir.Graph) -> None:
+        for value in graph.inputs:
+            self._define(value, 0, "the graph's inputs")
+        for name, value in graph.initializers.items():
+            if value.name != name:
+                self._fail(
+                    f"initializer '{value.name}' is registered as '{name}'", "the graph's initializers"
+                )
+            if value.const_value is None:
+                self._fail(f"initializer '{name}' has no data", "the graph's initializers")
+            if value not in self._defined:  # one that is listed as an input as well is defined there
+                self._define(value, 0, "the graph's initializers")
+        for position, node in enumerate(graph, 1):
+            self._node(node, graph, position)
+        for value in graph.outputs:
+            if value not in self._defined:
+                self._fail(f"output '{value.name}' is produced by nothing in scope", "the graph's outputs")
+
+    def _define(self, value: ir.Value, position: int, where: str) -> None:
+        if value in self._defined:
+            self._fail(f"value '{value.name}' is defined twice", where)
+        name = value.name
+        if not name:
+            if value.uses() or value.is_graph_output():
+                self._fail("a value that is read has no name", where)
+        elif name in self._value_names:
+            self._fail(f"two values are called '{name}'", where)
+        else:
+            self._value_names.add(name)
+        self._defined[value] = position
+
+    def _node(self, node: ir.Node, graph: ir.Graph, position: int) -> None:
+        if node.graph is not graph:
+            self._fail(f"{label(node)} is listed in a graph that does not own it", label(node))
+        if not node.name or node.name in self._node_names:
+            what = (
+                f"two nodes are called '{node.name}'" if node.name else f"a {node.op_type} node has no name"
+            )
+            self._fail(what, label(node))
+        self._node_names.add(node.name or "")
+        for i, value in enumerate(node.inputs):
+            if value is not None and value not in self._defined:
+                self._undefined(node, i, value, position)
+        if node.domain == "":
+            self._arity(node)
+        for inner in subgraphs(node):
+            self._scope(inner)
+        for output in node.outputs:
+            if output.producer() is not node:
+                self._fail(f"value '{output.name}' names another producer", label(node))
+            self._define(output, position, label(node))
+
+    def _scope(self, graph: ir.Graph) -> None:
+        """Check a subgraph, then forget what it defines: nothing outside may read it."""
+        self._graph(graph)
+        for value in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
+            self._defined.pop(value, None)
+
+    def _arity(self, node: ir.Node) -> None:
+        limits = _limits(node.op_type, self._opset)
+        if limits is None:
+            self._fail(f"opset {self._opset} has no operator '{node.op_type}'", label(node))
+        else:
+            least, most, least_out, most_out = limits
+            if not (least <= len(node.inputs) <= most and least_out <= len(node.outputs) <= most_out):
+                counts = f"{len(node.inputs)} inputs and {len(node.outputs)} outputs"
+                expected = f"{least} to {most} and {least_out} to {most_out}"
+                self._fail(f"{label(node)} has {counts}, expected {expected}", label(node))
+
+    def _undefined(self, node: ir.Node, index: int, value: ir.Value, position: int) -> None:
+        producer = value.producer()
+        if producer is None:
+            what, origin = f"value '{value.name}' is used but never defined", "defined by nothing"
+        elif producer.graph is None:
+            what = f"value '{value.name}' is used after its node was removed"
+            origin = f"defined by {label(producer)}, which is in no graph"
+        else:
+            what = f"value '{value.name}' is used before it is defined, or out of its scope"
+            at = next((i for i, n in enumerate(producer.graph, 1) if n is producer), 0)
+            origin = f"defined by {label(producer)} at position {at}, used at {position}"
+        self._fail(what, f"{label(node)}, input {index}; {origin}")
+
+    def _fail(self, what: str, where: str) -> None:
+        after = f"after {self._pass}: " if self._pass else ""
+        culprit = "the pass" if self._pass else "lamina"
+        raise VerificationError(
+            after + what, where=where, advice=f"this is a bug in {culprit}: report it with the model"
+        )
+
+
+@cache
+def _limits(op_type: str, opset: int) -> tuple[int, int, int, int] | None:
+    if not onnx.defs.has(op_type):
+        return None
+    try:
+        schema = onnx.defs.get_schema(op_type, opset, "")
+    except onnx.defs.SchemaError:
+        return None
+    return schema.min_input, schema.max_input, schema.min_output, schema.max_output
+
+
+def _check_types(model: ir.Model) -> None:
+    """Infer anew from the interface and the weights alone, then compare with what the values say."""
+    proto, _ = skeleton(model)
+    del proto.graph.value_info[:]
+    for output in proto.graph.output:
+        output.ClearField("type")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(
+            proto, check_type=False, strict_mode=False, data_prop=True
+        )
+    except onnx.shape_inference.InferenceError as error:
+        raise VerificationError(
+            f"shape inference fails: {str(error).splitlines()[0]}",
+            advice="this is a bug in lamina: report it",
+        ) from error
+    infos = {info.name: info for info in (*inferred.graph.value_info, *inferred.graph.output)}
+    for node in model.graph:
+        for value in node.outputs:
+            if value.name in infos:
+                _compare(node, value, infos[value.name])
+
+
+def _compare(node: ir.Node, value: ir.Value, info: onnx.ValueInfoProto) -> None:
+    if not info.type.HasField("tensor_type"):
+        return
+    tensor = info.type.tensor_type
+    advice = "this is a bug in the pass that made the value: report it with the model"
+    if value.dtype is not None and tensor.elem_type and value.dtype != tensor.elem_type:
+        got = ir.DataType(tensor.elem_type).name
+        raise VerificationError(
+            f"value '{value.name}' is {value.dtype.name} but inferred as {got}",
+            where=label(node),
+            advice=advice,
+        )
+    if value.shape is None or not tensor.HasField("shape"):
+        return
+    dims = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+    known = [d if isinstance(d, int) else None for d in value.shape]
+    clash = len(dims) != len(known) or any(
+        None not in (a, b) and a != b for a, b in zip(dims, known, strict=True)
+    )
+    if clash:
+        raise VerificationError(
+            f"value '{value.name}' has shape {value.shape} but inferred as {dims}",
+            where=label(node),
+            advice=advice,
+        )
