@@ -17,14 +17,14 @@ class BranchProbe:
     Attributes:
         name: The branch.
         skip: Name of the value that goes past the branch.
-        body: Name of what the branch adds.
+        body: Name of what the branch adds; None: the difference of output and skip.
         output: Name of the sum.
         axis: Axis a token's vector lies on; None: 1 for rank 4 (``[b, c, h, w]``), else the last.
     """
 
     name: str
     skip: str
-    body: str
+    body: str | None
     output: str
     axis: int | None = None
 
@@ -77,14 +77,17 @@ class BranchAccumulator:
         self._angles = 0.0
         self._angle_count = 0
 
-    def add(self, skip: np.ndarray, body: np.ndarray, output: np.ndarray, mask: np.ndarray | None) -> None:
+    def add(
+        self, skip: np.ndarray, body: np.ndarray | None, output: np.ndarray, mask: np.ndarray | None
+    ) -> None:
         """Take in one batch; ``mask`` is boolean ``[b, t]``, False where a token is padding."""
         if self.problem or skip.ndim < 2 or skip.shape != output.shape:
             self.problem = self.problem or f"skip {list(skip.shape)} and output {list(output.shape)} differ"
             return
         axis = self.probe.axis if self.probe.axis is not None else (1 if skip.ndim == 4 else -1)
         self._axis = axis % skip.ndim
-        arrays = [np.moveaxis(np.broadcast_to(a, skip.shape), self._axis, -1) for a in (skip, body, output)]
+        given = (skip, output) if body is None else (skip, output, np.broadcast_to(body, skip.shape))
+        arrays = [np.moveaxis(a, self._axis, -1) for a in given]
         sequence = self._axis == skip.ndim - 1
         masked = mask is not None and sequence and skip.ndim >= 3 and mask.shape == skip.shape[:2]
         rows = max(1, CHUNK // max(1, skip[0].size)) if len(skip) else 1
@@ -135,9 +138,10 @@ class BranchAccumulator:
 
 
 def _compare(
-    skip: np.ndarray, body: np.ndarray, output: np.ndarray
+    skip: np.ndarray, output: np.ndarray, body: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """L2(skip), L2(body) and cos(skip, output) along the last axis."""
+    body = output - skip if body is None else body
     skip_length = np.sqrt(np.einsum("...d,...d->...", skip, skip))
     body_length = np.sqrt(np.einsum("...d,...d->...", body, body))
     output_length = np.sqrt(np.einsum("...d,...d->...", output, output))

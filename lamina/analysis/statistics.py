@@ -120,7 +120,8 @@ def _reduce(
 
     def take_branch(total: BranchAccumulator) -> None:
         probe = total.probe
-        total.add(values[probe.skip], values[probe.body], values[probe.output], mask)
+        body = None if probe.body is None else values[probe.body]
+        total.add(values[probe.skip], body, values[probe.output], mask)
 
     # Each accumulator is one task and sees its batches in order: results do not depend on the thread count.
     list(pool.map(take_range, range_sums))
@@ -144,7 +145,7 @@ def _statistics(
 def _wanted(program: Program, ranges: Collection[str], branches: Sequence[BranchProbe]) -> list[str]:
     """Values the session must return: all that is asked for except what is fed."""
     fed = {port.name for port in program.inputs}
-    names = [*ranges, *(n for b in branches for n in (b.skip, b.body, b.output))]
+    names = [*ranges, *(n for b in branches for n in (b.skip, b.body, b.output) if n)]
     for name in names:
         if name in program.graph.initializers:
             raise DataError(f"'{name}' is a weight, not an activation", where=program.source)
