@@ -13,5 +13,5 @@ sets_dir = _ROOT / "sets"
 zoo_dir = _ROOT / "zoo"
 
 needs_reference = pytest.mark.skipif(
-    not models_dir.is_dir(), reason="reference models absent: set LAMINA_REFERENCE to the folder that holds them"
+    not models_dir.is_dir(), reason="no reference models: set LAMINA_REFERENCE to the folder that holds them"
 )

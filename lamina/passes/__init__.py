@@ -17,7 +17,8 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
 
 def transform_names() -> tuple[str, ...]:
     """Names of every transform, ours first."""
-    return tuple(n for n, _ in TRANSFORMS) + tuple(e.name for e in entry_points(group="lamina.transforms"))
+    ours = tuple(name for name, _ in TRANSFORMS)
+    return ours + tuple(e.name for e in entry_points(group="lamina.transforms"))
 
 
 def get_transform(name: str) -> Transform:
@@ -28,7 +29,9 @@ def get_transform(name: str) -> Transform:
     """
     places = {e.name: e.value for e in entry_points(group="lamina.transforms")} | dict(TRANSFORMS)
     if name not in places:
-        raise BudgetError(f"there is no transform '{name}'", advice=f"choose from {', '.join(transform_names())}")
+        raise BudgetError(
+            f"there is no transform '{name}'", advice=f"choose from {', '.join(transform_names())}"
+        )
     module, _, attribute = places[name].partition(":")
     transform: Transform = getattr(import_module(module), attribute)()
     return transform

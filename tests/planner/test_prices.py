@@ -19,7 +19,8 @@ from lamina.ir.shapes import observed_shapes
 from lamina.passes.pass_ import Option, Site, Transform
 from lamina.planner import prices as prices_module
 from lamina.planner.price_bench import PriceBench, border_unit, capture
-from lamina.planner.price_models import Extractor, Unit, describe, emit_option, replicate, structure
+from lamina.planner.price_models import Extractor, Unit, emit_option, replicate
+from lamina.planner.price_signature import describe, structure
 from lamina.planner.price_store import Price, PriceStore, cache_folder
 from lamina.planner.prices import Prices
 

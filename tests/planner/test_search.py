@@ -26,7 +26,8 @@ class Judge:
 
 
 def every(space: Space) -> set[Genome]:
-    return {space.canonical(g) for g in itertools.product(*[range(len(c.options) + 1) for c in space.choices])}
+    genes = [range(len(c.options) + 1) for c in space.choices]
+    return {space.canonical(g) for g in itertools.product(*genes)}
 
 
 @pytest.mark.parametrize("seed", range(5))
