@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import onnx_ir as ir
 
@@ -55,7 +56,7 @@ def _emit_all(program: Program, moves: Sequence[Move]) -> Program:
         emit_move(transform, move, rewriter)
         finish = getattr(transform, "finish", None)
         if finish is not None:
-            finishers.append(lambda f=finish, m=move: f(m.site, rewriter))  # type: ignore[misc]
+            finishers.append(partial(finish, move.site, move.option, rewriter))
     for finisher in finishers:
         finisher()
     return clone

@@ -7,7 +7,7 @@ merges work the real program does at every site.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +21,9 @@ from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Option, Site, Transform
 from lamina.planner.apply import emit_move, required_opset
 from lamina.planner.plan import Move
+from lamina.planner.price_signature import constant_of
 
 Observed = Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
-
-_SHOWN = 16  # elements of an integer constant that say something about structure: axes, shapes, pads
 
 
 @dataclass
@@ -105,7 +104,7 @@ class Extractor:
         for value in dict.fromkeys(v for node in nodes for v in reads(node)):
             if value in inside:
                 continue
-            tensor = _constant(value)
+            tensor = constant_of(value)
             if tensor is None and value.name not in observed:
                 raise BackendError(f"site '{site.name}' reads '{value.name}', which is no tensor of the run")
             new = ir.Value(name=value.name, type=value.type, shape=value.shape, const_value=tensor)
@@ -178,45 +177,6 @@ def replicate(unit: Unit, count: int) -> tuple[ir.Model, dict[str, str]]:
     return ir.Model(graph, ir_version=source.ir_version, functions=list(source.functions.values())), aliases
 
 
-def describe(graph: ir.Graph) -> str:
-    """The graph's structure as text: operators, attributes, shapes and dtypes; no names, no weights."""
-    names: dict[ir.Value, str] = {}
-    lines: list[str] = []
-
-    def show(value: ir.Value | None) -> str:
-        if value is None:
-            return "-"
-        if value not in names:
-            names[value] = f"%{len(names)}:{_kind(value)}"
-            return names[value]
-        return names[value].partition(":")[0]
-
-    for node in graph:
-        read = ", ".join(show(v) for v in node.inputs)
-        attributes = "".join(f" {a.name}={_attribute(a)}" for _, a in sorted(node.attributes.items()))
-        made = ", ".join(show(v) for v in node.outputs)
-        domain = f"{node.domain}." if node.domain else ""
-        lines.append(f"{made} = {domain}{node.op_type}({read}{attributes})")
-    return "; ".join([*lines, f"-> {', '.join(show(v) for v in graph.outputs)}"])
-
-
-def structure(parameters: Any, key: str = "") -> Any:
-    """What of an option's parameters changes the work to be done, not just its numbers."""
-    if isinstance(parameters, Mapping):
-        return {str(k): structure(v, str(k)) for k, v in sorted(parameters.items())}
-    if isinstance(parameters, (bool, str)) or parameters is None:
-        return parameters
-    if isinstance(parameters, int):
-        # a zero point at an end of the range says that a Relu or Clip became part of the quantizer
-        return "int" if "zero" in key and parameters not in (0, 255) else parameters
-    if isinstance(parameters, float):
-        return "float"
-    if isinstance(parameters, Iterable):
-        items = [structure(v, key) for v in parameters]
-        return items if len(items) <= 8 else f"list of {len(items)}"
-    return type(parameters).__name__
-
-
 # -- copying ----------------------------------------------------------------------------------------
 
 
@@ -277,17 +237,6 @@ def _subgraphs(node: ir.Node) -> list[ir.Graph]:
     return found
 
 
-def _constant(value: ir.Value) -> ir.TensorProtocol | None:
-    if value.is_graph_input():
-        return None  # a caller may replace it: the runtime cannot treat it as constant
-    if value.const_value is not None:
-        return value.const_value
-    maker = value.producer()
-    if maker is None or maker.op_type != "Constant":
-        return None
-    return ir.convenience.get_const_tensor(value)
-
-
 def _sweep(graph: ir.Graph) -> None:
     """Remove nodes, initializers and inputs nobody reads."""
     for node in reversed(list(graph)):
@@ -340,7 +289,7 @@ def _cut_outputs(graph: ir.Graph) -> None:
 
 
 def _array(value: ir.Value | None) -> np.ndarray | None:
-    tensor = None if value is None else _constant(value)
+    tensor = None if value is None else constant_of(value)
     return None if tensor is None else tensor.numpy()
 
 
@@ -353,28 +302,3 @@ def _codes(array: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray
     limits = np.iinfo(zero.dtype)
     rounded = np.rint(np.nan_to_num(array.astype(np.float32)) / scale.reshape(())) + zero.reshape(())
     return np.clip(rounded, limits.min, limits.max).astype(zero.dtype)
-
-
-# -- text -------------------------------------------------------------------------------------------
-
-
-def _kind(value: ir.Value) -> str:
-    dtype = value.dtype.name.lower() if value.dtype is not None else "?"
-    shape = "?" if value.shape is None else ",".join(str(d) for d in value.shape)
-    tensor = _constant(value)
-    if tensor is None:
-        return f"{dtype}[{shape}]"
-    if tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32) and tensor.size <= _SHOWN:
-        return f"{dtype}{tensor.numpy().tolist()}"
-    return f"const {dtype}[{shape}]"
-
-
-def _attribute(attribute: ir.Attr) -> str:
-    if attribute.type == ir.AttributeType.GRAPH:
-        return "{" + describe(attribute.as_graph()) + "}"
-    if attribute.type == ir.AttributeType.GRAPHS:
-        return "{" + " | ".join(describe(g) for g in attribute.as_graphs()) + "}"
-    if attribute.type == ir.AttributeType.TENSOR:
-        tensor = attribute.as_tensor()
-        return f"{tensor.dtype.name.lower()}[{','.join(map(str, tensor.shape))}]"
-    return str(attribute.value)

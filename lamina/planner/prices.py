@@ -18,7 +18,8 @@ from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes.pass_ import Option, Site, Transform
 from lamina.planner.price_bench import PriceBench, border_unit, capture
-from lamina.planner.price_models import Extractor, Observed, Unit, describe, emit_option, structure
+from lamina.planner.price_models import Extractor, Observed, Unit, emit_option
+from lamina.planner.price_signature import describe, structure
 from lamina.planner.price_store import PriceStore
 
 FLOAT = "float"

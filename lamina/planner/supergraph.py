@@ -187,12 +187,15 @@ class _Builder:
     def _rebuild(
         self, value: ir.Value, known: dict[str, ir.Value], choice: Choice, inner: Rewriter
     ) -> ir.Value:
-        """The option's version of a value: emitted, or the trailing node that makes it, copied."""
+        """The option's version of a value: emitted, or the node of the span that makes it, copied.
+
+        Copied are nodes behind the site, and what escapes a dropped branch beside its sum (a cache).
+        """
         first = self.stands_for.get(value, value)
         maker, name = self.made_by.get(first), self.name_of.get(first, "")
         if name in known:
             return known[name]
-        if maker is None or maker.name not in choice.span or maker.name in choice.site.nodes:
+        if maker is None or maker.name not in choice.span:
             return value
         inputs = [None if v is None else self._rebuild(v, known, choice, inner) for v in maker.inputs]
         attributes = {key: attr.value for key, attr in maker.attributes.items()}
