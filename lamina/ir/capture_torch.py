@@ -69,7 +69,7 @@ def capture_torch(
             raise CaptureError(
                 "a torch module needs example inputs to be captured",
                 where=source,
-                advice="pass example_inputs: a tensor, a tuple of them, or a dict by forward's parameter names",
+                advice="pass example_inputs: a tensor, a tuple of them, or a dict by parameter name",
             )
         args, kwargs = _arguments(example_inputs)
         with _evaluating(model):
@@ -103,10 +103,14 @@ def _tensor(value: Any) -> Any:
 def _evaluating(module: torch.nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every submodule trains or not as before."""
     modes = [(m, m.training) for m in module.modules()]
-    module.eval()
+    with contextlib.suppress(NotImplementedError):  # an unlifted ExportedProgram refuses: its mode is fixed
+        module.eval()
     try:
         yield
     finally:
+        if modes[0][1]:
+            with contextlib.suppress(NotImplementedError):
+                module.train()  # some modules override it to undo what their eval() did
         for part, training in modes:
             part.training = training
 
@@ -174,7 +178,7 @@ def _trace(
             f"torch.export cannot trace the module: {_reason(error)}",
             where=source,
             advice="check that the example inputs run, replace control flow that depends on values by "
-            "torch.cond or torch.where, state fewer dynamic_shapes, or export to ONNX yourself and pass the file",
+            "torch.cond or torch.where, state fewer dynamic_shapes, or export it yourself and pass the file",
         ) from error
 
 

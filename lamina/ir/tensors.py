@@ -114,13 +114,14 @@ def own(tensor: ir.TensorProtocol, files: ExternalFiles, where: str) -> ir.Tenso
         return files.tensor(tensor, where)
     if tensor.dtype == ir.DataType.STRING:
         return ir.StringTensor(tensor.string_data(), shape=shape_of(tensor), name=tensor.name)  # type: ignore[attr-defined]
-    if isinstance(tensor, ir.Tensor):
+    if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray):
         return ir.Tensor(tensor.raw, dtype=tensor.dtype, shape=shape_of(tensor), name=tensor.name)
     try:
         if tensor.dtype.bitwidth < 8:
             raw = np.frombuffer(tensor.tobytes(), np.uint8)
             return ir.PackedTensor(raw, tensor.dtype, shape=shape_of(tensor), name=tensor.name)
-        # A protobuf tensor copies its bytes on every access, so they are taken out once, here.
+        # A protobuf tensor copies its bytes on every access: they are taken out once, here. One of torch's
+        # gives a view of the parameter.
         array = tensor.numpy()
     except (ValueError, TypeError) as error:
         raise CaptureError(
