@@ -8,20 +8,20 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from lamina.ir.branch_view import GraphView, Region
+from lamina.ir.branch_view import GraphView, Region, words
 
 BranchKind = Literal["attention", "mlp", "conv", "recurrent", "other"]
-_ATTENTION = frozenset(
+_ATTENTION = words(
     "Attention MultiHeadAttention GroupQueryAttention PackedAttention PackedMultiHeadAttention QAttention "
-    "DecoderMaskedMultiHeadAttention SparseAttention PagedAttention LongformerAttention".split()
+    "DecoderMaskedMultiHeadAttention SparseAttention PagedAttention LongformerAttention"
 )
-_CONV = frozenset("Conv ConvTranspose ConvInteger QLinearConv FusedConv NhwcFusedConv".split())
-_RECURRENT = frozenset("LSTM GRU RNN DynamicQuantizeLSTM".split())
-_PRODUCT = frozenset("MatMul FusedMatMul Einsum Gemm MatMulInteger TransposeMatMul".split())
+_CONV = words("Conv ConvTranspose ConvInteger QLinearConv FusedConv NhwcFusedConv")
+_RECURRENT = words("LSTM GRU RNN DynamicQuantizeLSTM")
+_PRODUCT = words("MatMul FusedMatMul Einsum Gemm MatMulInteger TransposeMatMul")
 # What may stand between the product of queries and keys, the Softmax, and the product with the values.
-_BETWEEN = frozenset(
+_BETWEEN = words(
     "Mul Div Add Sub Where Cast Dropout Reshape Transpose Squeeze Unsqueeze Identity Clip Tanh IsNaN "
-    "QuantizeLinear DequantizeLinear Max Min Expand Concat Slice".split()
+    "QuantizeLinear DequantizeLinear Max Min Expand Concat Slice"
 )
 _MAX_PERIOD = 8
 

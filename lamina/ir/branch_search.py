@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import onnx_ir as ir
 
-from lamina.ir.branch_view import Flow, GraphView, OutOfSteps, Region
+from lamina.ir.branch_view import Flow, GraphView, OutOfSteps, Region, words
 
 Shortcut = Literal["identity", "projection"]
 _FUSED = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _COPIES = frozenset(("Identity", "Dropout", "Cast"))
 # What a shortcut may consist of: at most one weighted operator, nothing that mixes two activations.
-_LINEAR = frozenset(
-    "Identity Cast Dropout Conv BatchNormalization InstanceNormalization GroupNormalization LayerNormalization "
-    "AveragePool GlobalAveragePool MaxPool Slice Pad Concat Reshape Transpose Squeeze Unsqueeze Flatten MatMul "
-    "Gemm Add Sub Mul Div Resize Upsample Gather QuantizeLinear DequantizeLinear Expand Split Einsum "
-    "SpaceToDepth DepthToSpace Neg".split()
+_LINEAR = words(
+    "Identity Cast Dropout Conv BatchNormalization InstanceNormalization GroupNormalization "
+    "LayerNormalization AveragePool GlobalAveragePool MaxPool Slice Pad Concat Reshape Transpose Squeeze "
+    "Unsqueeze Flatten MatMul Gemm Add Sub Mul Div Resize Upsample Gather QuantizeLinear DequantizeLinear "
+    "Expand Split Einsum SpaceToDepth DepthToSpace Neg"
 )
 _MAX_LINK = 64  # weight-free nodes shared by several branches between the skip and what a region reads
 _MAX_EXPLAIN = 256
@@ -43,6 +43,7 @@ class Found:
     region: Region
     source: ir.Value
     shortcut: Shortcut
+    joint: int | None = None
 
 
 def operands_of(node: ir.Node) -> tuple[ir.Value, ir.Value] | None:
@@ -202,7 +203,7 @@ class Search:
             branch = self._fed(add, other, term, anchors)
             if branch is None:
                 return []
-            branches.append(branch)
+            branches.append(replace(branch, joint=whole.add))
             shared -= branch.region.members
         if any(self.view.is_weighted(p) for p in shared):
             return []  # what they share is more than a norm: the sum belongs to the body
@@ -234,9 +235,7 @@ class Search:
 
     # -- projection shortcuts -------------------------------------------------------------------------
 
-    def _projection(
-        self, add: int, first: ir.Value, second: ir.Value, reasons: list[str]
-    ) -> Found | None:
+    def _projection(self, add: int, first: ir.Value, second: ir.Value, reasons: list[str]) -> Found | None:
         view = self.view
         if not view.only_reader(first, add) or not view.only_reader(second, add):
             return None

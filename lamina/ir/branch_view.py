@@ -12,10 +12,17 @@ import onnx_ir as ir
 
 LOCAL_STEPS = 1024  # what one walk may always cost
 SHARED_STEPS = 40  # times the nodes: what all longer walks together may cost, so that the search is linear
+
+
+def words(text: str) -> frozenset[str]:
+    """The words of a text: tables of operators read better so."""
+    return frozenset(text.split())
+
+
 _CACHE_NAME = re.compile(r"present|past|cache|(^|[^a-z])kv([^a-z]|$)", re.IGNORECASE)
-_MOVES = frozenset(
+_MOVES = words(
     "Identity Cast Reshape Transpose Squeeze Unsqueeze Flatten Concat Slice Split Gather ScatterND "
-    "ScatterElements Expand".split()
+    "ScatterElements Expand"
 )
 _WEIGHTED = {  # operator -> inputs that may hold its weight
     **dict.fromkeys(("Conv", "ConvTranspose", "ConvInteger", "FusedConv", "NhwcFusedConv"), (1,)),
@@ -35,8 +42,8 @@ class Flow(IntEnum):
     DATA = 2
 
 
-class OutOfSteps(Exception):  # noqa: N818 - control flow inside this room, never seen by a caller
-    """A walk left its neighbourhood and the shared allowance is used up."""
+class OutOfSteps(Exception):
+    """A walk left its neighbourhood and the shared allowance is used up; no caller of this room sees it."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +73,13 @@ class GraphView:
         self.outputs = frozenset(v for v in graph.outputs)
         self.interface = frozenset(v for v in graph.inputs if v.name not in graph.initializers)
         self.flow: dict[ir.Value, Flow] = {v: Flow.DATA for v in self.interface}
+        self.steps = 0  # of all walks so far: what tests hold against the size of the graph
         self.steps_left = max(SHARED_STEPS * len(self.nodes), 100_000)
         for position, node in enumerate(self.nodes):
             self._add(position, node)
         self.cache_tail: dict[int, ir.Value] = {}
-        self.caches = frozenset(v for v in self.outputs if self._holds_state(v))
-        for value in graph.outputs:
-            if value in self.caches:
-                self._mark_tail(value)
+        self.state_of: dict[ir.Value, frozenset[ir.Value]] = {}  # cache output -> cache inputs it extends
+        self._find_state()
 
     def _add(self, position: int, node: ir.Node) -> None:
         captured = _captured(node, self.graph) if _has_subgraph(node) else ()
@@ -120,6 +126,7 @@ class GraphView:
         Raises:
             OutOfSteps: The walk is long and the shared allowance is used up.
         """
+        self.steps += 1
         if spent > LOCAL_STEPS:
             self.steps_left -= 1
             if self.steps_left < 0:
@@ -141,14 +148,13 @@ class GraphView:
         while True:
             members, caches = self._grow(seeds, (value, add), barred)
             tails = {p for p, o in self.cache_tail.items() if o in caches} if caches else set()
-            foreign = {self.cache_tail[p] for p in tails if not self._private(p, members | tails)}
-            if foreign:
-                barred |= foreign
-                seeds = {start}
-            elif tails <= members:
-                break
-            else:
+            if not tails <= seeds | members:
                 seeds |= tails
+            elif caches and not (tails <= members and self._own_state(start, members, caches)):
+                barred |= caches
+                seeds = {start}
+            else:
+                break
         self._leave_out_shapes(members)
         ordered = tuple(o for o in self.graph.outputs if o in caches)
         return Region(frozenset(members), self._outside_reads(members, value), ordered)
@@ -185,7 +191,7 @@ class GraphView:
         found: set[ir.Value] = set()
         for value in self.nodes[position].outputs:
             if value in self.outputs:
-                if value not in self.caches or value in barred:
+                if value not in self.state_of or value in barred:
                     return None
                 found.add(value)
             for reader in self.readers.get(value, ()):
@@ -197,13 +203,24 @@ class GraphView:
                 found.add(cache)
         return found
 
-    def _private(self, tail: int, members: set[int]) -> bool:
-        for value in self.reads[tail]:
-            if value in self.interface:
-                if any(r not in members for r in self.readers[value]):
+    def _own_state(self, start: int, members: set[int], caches: set[ir.Value]) -> bool:
+        """Whether the cache outputs, and the nodes that serve them alone, hold state of nobody else."""
+        inputs = {v for o in caches for v in self.state_of[o]}
+        if any(r not in members for v in inputs for r in self.readers.get(v, ())):
+            return False
+        serving, pending = set[int](), [start]
+        while pending:
+            position = pending.pop()
+            if position in members and position not in serving:
+                serving.add(position)
+                pending.extend(self.producer[v] for v in self.reads[position] if v in self.producer)
+        for position in members - serving:
+            for value in self.reads[position]:
+                if value in self.interface:
+                    if any(r not in members for r in self.readers[value]):
+                        return False
+                elif self.is_data(value) and self.producer.get(value) not in members:
                     return False
-            elif self.is_data(value) and self.producer.get(value) not in members:
-                return False
         return True
 
     def _leave_out_shapes(self, members: set[int]) -> None:
@@ -236,26 +253,33 @@ class GraphView:
 
     # -- attention state on the interface -------------------------------------------------------------
 
-    def _holds_state(self, output: ir.Value) -> bool:
-        """Whether an interface output is a cache: named so, or an interface input moved along and extended."""
-        if not self.is_data(output) or output not in self.producer:
-            return False
-        if output.name and _CACHE_NAME.search(output.name):
-            return True
-        pending, seen = [output], 0
-        while pending and seen < 16:
-            value = pending.pop()
+    def _find_state(self) -> None:
+        """Interface outputs that are caches: named so, or made by extending a cache the interface gives."""
+        for output in self.graph.outputs:
+            if self.is_data(output) and output in self.producer:
+                state, attends = self._state_behind(output)
+                if state or attends or (output.name and _CACHE_NAME.search(output.name)):
+                    self.state_of[output] = state
+        for output in self.state_of:
+            self._mark_tail(output)
+
+    def _state_behind(self, output: ir.Value) -> tuple[frozenset[ir.Value], bool]:
+        """Interface inputs moved into a cache output; and whether an attention operator makes it."""
+        found, attends, seen = set[ir.Value](), False, 0
+        pending = [output]
+        while pending and seen < 32:
+            value = pending.pop(0)
             seen += 1
             node = self.maker(value)
             if node is None:
-                same = value.dtype == output.dtype and _rank(value) == _rank(output)
-                if value in self.interface and same and (_rank(value) or 0) >= 3 and value is not output:
-                    return True
+                if value in self.interface and _alike(value, output):
+                    found.add(value)
             elif node.op_type in _MOVES:
                 pending.extend(v for v in self.reads[self.producer[value]] if self.is_data(v))
             elif "Attention" in node.op_type and value is not node.outputs[0]:
-                return True
-        return False
+                attends = True
+                pending.extend(v for v in node.inputs if v in self.interface)
+        return frozenset(found), attends
 
     def _mark_tail(self, output: ir.Value) -> None:
         """Nodes that only move state to a cache output; reading a value there does not let it escape."""
@@ -280,8 +304,10 @@ class GraphView:
                     heapq.heappush(heap, -producer)
 
 
-def _rank(value: ir.Value) -> int | None:
-    return None if value.shape is None else len(value.shape)
+def _alike(value: ir.Value, output: ir.Value) -> bool:
+    if value.shape is None or output.shape is None:
+        return value.dtype == output.dtype
+    return value.dtype == output.dtype and len(value.shape) == len(output.shape) >= 3
 
 
 def _has_subgraph(node: ir.Node) -> bool:

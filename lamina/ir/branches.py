@@ -45,6 +45,8 @@ class Branch:
         parameters: Elements of its weights, shape constants and scalars excluded.
         ambient: Values made outside, the skip excluded, that members read.
         parent: Name of the branch this one is nested in.
+        joint: For branches added to each other before the skip is: the node at which the skip joins them.
+            Then ``skip`` is the other branch's result, and two of them may share one ``add``.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Branch:
     parameters: int = 0
     ambient: tuple[str, ...] = ()
     parent: str | None = None
+    joint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -101,11 +104,10 @@ class BranchesResult:
         Raises:
             KeyError: There is none.
         """
-        return next((b for b in self.branches if b.name == name), None) or _missing(name)
-
-
-def _missing(name: str) -> Branch:
-    raise KeyError(name)
+        for branch in self.branches:
+            if branch.name == name:
+                return branch
+        raise KeyError(name)
 
 
 def find_branches(program: Program) -> BranchesResult:
@@ -154,11 +156,12 @@ def _branch(view: GraphView, found: Found, name: str, kind: BranchKind, parent: 
         parameters=sum(_elements(w) for w in weights),
         ambient=tuple(n for n in map(_name, found.region.reads) if n != skip),
         parent=parent,
+        joint=None if found.joint is None else view.nodes[found.joint].name,
     )
 
 
 def sum_output(add: ir.Node) -> ir.Value:
-    """The sum a residual Add makes; a fused SkipLayerNormalization may give it beside the normalized value."""
+    """The sum a residual Add makes; SkipLayerNormalization may give it beside the normalized value."""
     if add.op_type.startswith("Skip") and len(add.outputs) > 3 and add.outputs[3].name:
         return add.outputs[3]
     return add.outputs[0]
@@ -188,14 +191,9 @@ def _elements(weight: ir.Value) -> int:
 
 
 def _cache_inputs(view: GraphView, found: Found) -> Iterator[str]:
-    """State read only here: an interface input of the dtype and rank of a cache output."""
-    like = {(v.dtype, None if v.shape is None else len(v.shape)) for v in found.region.cache_outputs}
-    for value in view.graph.inputs:
-        if value not in view.interface or value not in view.readers:
-            continue
-        signature = (value.dtype, None if value.shape is None else len(value.shape))
-        if signature in like and all(r in found.region.members for r in view.readers[value]):
-            yield _name(value)
+    """State the interface gives to this branch; the region was only closed because nobody else reads it."""
+    state = {v for o in found.region.cache_outputs for v in view.state_of[o]}
+    return (_name(v) for v in view.graph.inputs if v in state)
 
 
 def _parents(found: Sequence[Found]) -> list[int | None]:

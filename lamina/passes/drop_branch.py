@@ -25,15 +25,15 @@ _RMS_NORM = "SkipSimplifiedLayerNormalization"
 class DropBranch(Transform):
     """Replace ``skip + f(skip)`` by ``skip``.
 
-    Fires: every branch of :func:`lamina.ir.branches.find_branches` whose skip has the shape and dtype of the sum.
-        A projection shortcut stays. A fused SkipLayerNormalization becomes the normalization of the skip; its
-        bias input is the bias of the branch's last projection and leaves with it.
-    Refuses: shapes or dtypes that differ or are unknown (broadcasting would change the interface); a second branch
-        that shares its Add with a parallel one (chain-residual-sums separates them); near misses of the search.
+    Fires: every branch of :func:`lamina.ir.branches.find_branches` with a skip of the sum's shape and dtype. A
+        projection shortcut stays. A fused SkipLayerNormalization becomes the normalization of the skip; its bias
+        input is the bias of the branch's last projection and leaves with it.
+    Refuses: shapes or dtypes that differ or are unknown (broadcasting would change the interface); a second
+        branch that shares its Add with a parallel one (chain-residual-sums separates them); near misses.
     Effect: Lossy; equal to multiplying the branch's output by zero.
-    Interface: attention state (past and present) that only the branch touches leaves with it, in :meth:`finish`.
+    Interface: attention state (past, present) that only the branch touches leaves with it, in :meth:`finish`.
     Cost: sites O(nodes + edges); one emission O(1).
-    Source: Men et al. 2024 (ShortGPT), arXiv:2403.03853; He et al. 2024, arXiv:2406.15786 (attention and MLP apart).
+    Source: He et al. 2024, arXiv:2406.15786 (attention and MLP apart). Deviates: the planner chooses.
     """
 
     paper: ClassVar[str] = "arXiv:2406.15786"
@@ -177,7 +177,7 @@ class _Index:
     values: dict[str, ir.Value]
     opset: int
     owner: weakref.ref[Program]
-    _kept: ClassVar[dict[int, _Index]] = field(default={}, init=False)  # type: ignore[misc]
+    _kept: ClassVar[dict[int, _Index]] = field(default={}, init=False)
 
     @staticmethod
     def of(program: Program) -> _Index:
@@ -224,7 +224,7 @@ def _refusal(branch: Branch, index: _Index, taken: Mapping[str, str]) -> str | N
     skip, result = index.values[branch.skip], index.values[branch.output]
     if branch.add in taken:
         return (
-            f"it shares its Add '{branch.add}' with '{taken[branch.add]}'; chain-residual-sums separates them"
+            f"its Add '{branch.add}' is also that of '{taken[branch.add]}'; apply chain-residual-sums first"
         )
     if add.op_type in (_LAYER_NORM, _RMS_NORM):
         statistics = [v for v in add.outputs[1:3] if v.uses() or v.is_graph_output()]
@@ -278,7 +278,8 @@ def _normalize(add: ir.Node, skip: ir.Value, rewriter: Rewriter) -> ir.Value:
         value = rewriter.op("LayerNormalization", inputs, attributes, name=label)
     else:
         value = _rms(add, skip, float(epsilon or 1e-6), rewriter, label)
-    value.dtype = old.dtype or skip.dtype
+    if old.dtype or skip.dtype:
+        value.type = ir.TensorType(old.dtype or skip.dtype or ir.DataType.FLOAT)
     value.shape = old.shape or skip.shape
     return value
 
@@ -317,7 +318,7 @@ def _unused(model: ir.Model) -> frozenset[str]:
 
 
 def remove_unused_initializers(model: ir.Model, keep: frozenset[str] = frozenset()) -> None:
-    """Remove initializers nobody reads, except those in ``keep``; an old-style graph input of the name too."""
+    """Remove initializers nobody reads, except ``keep``; and the graph inputs that share their name."""
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if name not in keep and not value.uses() and not value.is_graph_output():
