@@ -75,6 +75,8 @@ class IsolatedTimer:
         seed: Of the order within rounds.
         loader: What opens a model in the worker; see :class:`.workers.Worker`.
         environment: Variables for the workers.
+        cpu: Count CPU time instead of wall time: the same on an idle machine and steadier on a busy one, but
+            only for targets of one thread.
     """
 
     def __init__(
@@ -85,9 +87,13 @@ class IsolatedTimer:
         seed: int = 0,
         loader: str = ORT_LOADER,
         environment: Mapping[str, str] | None = None,
+        cpu: bool = False,
     ) -> None:
         if not workload:
             raise BackendError("a workload needs at least one case to time")
+        if cpu and target.threads != 1:
+            raise BackendError(f"CPU time says nothing about the latency of {target.threads} threads")
+        self._cpu = cpu
         self.target, self.workload = target, workload
         self._loader, self._environment = loader, environment
         self._random = random.Random(seed)
@@ -150,7 +156,9 @@ class IsolatedTimer:
             for case in self._random.sample(names, len(names)):
                 for i in self._random.sample(list(ids), len(ids)):
                     worker, session = self._workers[i]
-                    samples = worker.time(session, case, bursts[i, case], least=LEAST_RUNS, warm=1)
+                    samples = worker.time(
+                        session, case, bursts[i, case], least=LEAST_RUNS, warm=1, cpu=self._cpu
+                    )
                     result.samples[i, case].append(samples)
         return result
 

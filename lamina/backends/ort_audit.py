@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SURVIVING = "DequantizeLinear:weight"  # a weight converted to float on every run
 _FLOAT = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "MatMul", "FusedMatMul", "Gemm", "FusedGemm"})
+# what stays of a carrier that did not become integer; Pad, Concat and MaxPool work on either type alike
+_ARITHMETIC = _FLOAT | {"Add", "Sum", "GlobalAveragePool", "AveragePool", "ReduceMean"}
 _VIEWS = frozenset({"Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Identity", "DequantizeLinear"})
 # the layout and graph transformers rename what they replace
 _SUFFIX = re.compile(r"(?:_token_\d+|_nchwc|_nhwc)+$")
@@ -85,14 +87,17 @@ def _not_as_planned(model: ir.Model, nodes: list[ir.Node], planned: Mapping[str,
         for value in node.inputs:
             if value is not None and value.is_initializer():
                 by_weight.setdefault((value.name or "").removesuffix("_T"), []).append(node)
-    written = _written(model, planned)
+    written, weights_of = _written(model, planned), _Weights(model)
     for name, option in planned.items():
         wanted = kernels_of(option)
         if wanted is None:
             continue
-        found = [n for own in written.get(name, [name]) for n in by_name.get(own, [])]
-        found += [n for own in _weights(model, written.get(name, [name])) for n in by_weight.get(own, [])]
-        if not any(n.op_type in wanted for n in found):
+        names = written.get(name, [])
+        weights = weights_of(names)
+        found = {n.op_type for own in names for n in by_name.get(own, [])}
+        found |= {n.op_type for own in weights for n in by_weight.get(own, [])}
+        lost = not found and (weights or not names)
+        if not found & wanted and (lost or found & _ARITHMETIC):
             yield name
 
 
@@ -110,20 +115,20 @@ def _written(model: ir.Model, planned: Mapping[str, str]) -> dict[str, list[str]
     return result
 
 
-def _weights(model: ir.Model, names: list[str]) -> set[str]:
-    """Names of the initializers of rank 2 or more that the named nodes read, through conversions or not."""
-    wanted, found = set(names), set()
-    for node in model.graph.all_nodes():
-        if node.name not in wanted:
-            continue
-        for value in node.inputs:
-            while value is not None and (maker := value.producer()) is not None and maker.op_type in _VIEWS:
-                value = maker.inputs[0]
-            if (
-                value is not None
-                and value.is_initializer()
-                and value.shape is not None
-                and len(value.shape) > 1
-            ):
-                found.add(value.name or "")
-    return found
+class _Weights:
+    """Which initializers of rank 2 or more the named nodes read, through conversions or not."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._read: dict[str, set[str]] = {}
+        for node in model.graph.all_nodes():
+            for value in node.inputs:
+                while (
+                    value is not None and (maker := value.producer()) is not None and maker.op_type in _VIEWS
+                ):
+                    value = maker.inputs[0]
+                if value is None or not value.is_initializer() or value.shape is None or len(value.shape) < 2:
+                    continue
+                self._read.setdefault(node.name or "", set()).add(value.name or "")
+
+    def __call__(self, names: list[str]) -> set[str]:
+        return {weight for name in names for weight in self._read.get(name, ())}

@@ -20,12 +20,14 @@ from lamina.errors import BackendError
 
 STATIC = frozenset(
     {
-        "QLinearConv",
-        "QLinearMatMul",
-        "QGemm",
-        "MatMulIntegerToFloat",
-        "QLinearAdd",
-        "QLinearGlobalAveragePool",
+        *("QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat"),
+        *(
+            "QLinearAdd",
+            "QLinearConcat",
+            "QLinearAveragePool",
+            "QLinearGlobalAveragePool",
+            "QLinearReduceMean",
+        ),
     }
 )
 DYNAMIC = frozenset({"DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger"})

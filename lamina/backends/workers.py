@@ -107,9 +107,23 @@ class Worker:
         most: int = 1_000_000,
         warm: int = 1,
         bound: bool = False,
+        cpu: bool = False,
         timeout: float = 600.0,
     ) -> list[float]:
-        """Seconds of consecutive runs, for about ``seconds``, ``warm`` unmeasured ones before them."""
+        """Seconds of consecutive runs, for about ``seconds``, ``warm`` unmeasured ones before them.
+
+        Args:
+            session: Number from :meth:`open`.
+            case: Name given to :meth:`feed`.
+            seconds: Wall time to spend on measured runs.
+            least: Fewest measured runs.
+            most: Most measured runs.
+            warm: Runs before them.
+            bound: Leave out copying outputs to arrays.
+            cpu: CPU time of the calling thread instead of wall time: other processes cannot stretch it, and
+                it is the same on an idle machine; only where one thread does all the work.
+            timeout: Seconds beyond ``seconds`` after which the worker is given up.
+        """
         header = {
             "do": "time",
             "id": session,
@@ -119,6 +133,7 @@ class Worker:
             "most": most,
             "warm": warm,
             "bound": bound,
+            "cpu": cpu,
         }
         samples: list[float] = self.ask(Frame(header), timeout + seconds)["samples"]
         return samples

@@ -26,7 +26,8 @@ class Price:
         spread: Difference between slowest and fastest burst, in seconds.
         replicas: Copies the micro-model held.
         date: When, ISO 8601.
-        quiet: Whether the machine did little else; one that was not is measured again on a quiet machine.
+        quiet: Whether other work on the machine cannot have mattered; else it is measured again when the
+            machine is quiet.
     """
 
     signature: str

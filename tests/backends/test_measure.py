@@ -70,6 +70,16 @@ def test_the_same_model_twice_has_a_ratio_of_one(tmp_path: Path) -> None:
     assert len(timings.samples[0, "c"]) == len(timings.samples[1, "c"]) >= LEAST_ROUNDS
 
 
+def test_cpu_time_of_one_thread_is_its_latency_without_the_waiting(tmp_path: Path) -> None:
+    path, cases = save_chain(tmp_path / "a.onnx", 4), (case(64, name="c"),)
+    with IsolatedTimer(ONE, cases, cpu=True) as cpu, IsolatedTimer(ONE, cases) as wall:
+        busy = cpu.time(cpu.add_all([path]), None, 0.1).latency(0, "c")
+        passed = wall.time(wall.add_all([path]), None, 0.1).latency(0, "c")
+    assert 0 < busy.minimum_s < 1.5 * passed.minimum_s
+    with pytest.raises(BackendError, match="says nothing about the latency of 2 threads"):
+        IsolatedTimer(Target("ort", "cpu", 2), cases, cpu=True)
+
+
 def test_noise_common_to_a_round_cancels() -> None:
     rng = np.random.default_rng(0)
     slow = rng.uniform(1, 10, 20)
@@ -126,6 +136,18 @@ def test_a_crash_names_the_model(tmp_path: Path) -> None:
     dying._process.kill()
     with pytest.raises(BackendError, match=r"my\.onnx died: signal 9 \(killed"):
         dying.open(tmp_path / "my.onnx")
+
+
+def test_kernels_are_profiled_a_run_and_inputs_share_memory(tmp_path: Path) -> None:
+    path = save_chain(tmp_path / "a.onnx", 3)
+    worker = Worker(ONE, "a.onnx")
+    worker.feed("c", {"given": case(64).feeds["v0"]}, {"v0": "given"})
+    kernels = worker.kernels(path.read_bytes(), "c", runs=5)
+    number = worker.open(path)
+    whole = min(worker.time(number, "c", 0.01, bound=True))
+    worker.close()
+    assert list(kernels) == ["MatMul"]
+    assert 0.2 * whole < kernels["MatMul"] < 5 * whole
 
 
 def test_a_worker_that_hangs_is_ended(tmp_path: Path) -> None:

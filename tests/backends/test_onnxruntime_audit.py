@@ -114,6 +114,19 @@ def test_a_planned_node_that_stays_float_fell_back() -> None:
     assert BACKEND.audit(model, ONE).fell_back == ()
 
 
+def test_carriers_are_judged_by_what_they_compute() -> None:
+    body = """a = QuantizeLinear(x, s, z) b = DequantizeLinear(a, s, z)
+        [one_pool] c = MaxPool<kernel_shape = [2, 2]>(b)
+        d = QuantizeLinear(c, s, z) e = DequantizeLinear(d, s, z)
+        [two_add] f = Add(e, e) g = QuantizeLinear(f, s, z) h = DequantizeLinear(g, s, z)
+        [three_add] y = Add(h, h)"""
+    model = build(body, {"s": np.float32(0.02), "z": np.uint8(128)}, "N,8,6,6", "N,8,5,5")
+    planned = dict.fromkeys(("one", "two", "three"), "w8a8-static")
+    audit = BACKEND.audit(model, ONE, planned)
+    assert audit.counts["QLinearAdd"] == 1
+    assert audit.fell_back == ("three",)
+
+
 def test_a_basic_level_leaves_everything_unfused() -> None:
     audit = BACKEND.audit(
         conv(STATIC), Target("ort", "cpu", 1, {"opt": "disabled"}), {"conv1": "w8a8-static"}
