@@ -56,7 +56,7 @@ def _emit_all(program: Program, moves: Sequence[Move]) -> Program:
         emit_move(transform, move, rewriter)
         finish = getattr(transform, "finish", None)
         if finish is not None:
-            finishers.append(partial(finish, move.site, move.option, rewriter))
+            finishers.append(partial(finish, move.site, rewriter))
     for finisher in finishers:
         finisher()
     return clone
