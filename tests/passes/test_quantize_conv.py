@@ -103,7 +103,7 @@ def test_an_activation_the_range_does_not_imply_stays():
     result = run(quantized, x)
     assert np.abs(result).max() <= 1.01
     # the error is that of sums several times larger than what the bounds let through
-    assert relative_error(result, run(prog, x)) < 0.035
+    assert relative_error(result, run(prog, x)) < 0.06
 
 
 def test_dynamic_conv_is_offered_on_request_only():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,8 @@ from lamina.ir.program import Program
 from lamina.passes.quantize.graph import constant_array, is_op
 from lamina.passes.quantize.sites import moves_elements
 
-_INDEX: WeakKeyDictionary[ir.Model, dict[str, ir.Value]] = WeakKeyDictionary()
+_INDEX: weakref.WeakKeyDictionary[ir.Model, dict[str, ir.Value]] = weakref.WeakKeyDictionary()
+_CHOSEN: dict[tuple[int, str], tuple[weakref.ref[Any], tuple[float, int]]] = {}
 
 
 def value_named(program: Program, name: str) -> ir.Value | None:
@@ -35,10 +36,8 @@ def activation_range(program: Program, name: str, statistics: Any, method: str) 
     chosen = next((n for n in _lineage(program, name) if n in ranges), None)
     if chosen is None:
         return None
-    from lamina.analysis.ranges import choose_range
-
     stat = ranges[chosen]
-    scale, zero = choose_range(stat, method=method, bits=8, signed=False, symmetric=False)
+    scale, zero = _chosen(stat, method)
     source = value_named(program, chosen)
     if zero != 0 and (stat.minimum >= 0 or _starts_at_zero(source)):
         # zero point 0 is what lets the quantizer stand for a Relu
@@ -47,6 +46,19 @@ def activation_range(program: Program, name: str, statistics: Any, method: str) 
     if not np.isfinite(number) or number <= 0 or not 0 <= zero <= 255:
         return None
     return {"scale": number, "zero_point": int(zero)}
+
+
+def _chosen(stat: Any, method: str) -> tuple[float, int]:
+    """Scale and zero point of a distribution; a value is asked for once by its maker and once a reader."""
+    from lamina.analysis.ranges import choose_range
+
+    key = (id(stat), method)
+    known = _CHOSEN.get(key)
+    if known is None or known[0]() is not stat:
+        result = choose_range(stat, method=method, bits=8, signed=False, symmetric=False)
+        known = (weakref.ref(stat, lambda _: _CHOSEN.pop(key, None)), result)
+        _CHOSEN[key] = known
+    return known[1]
 
 
 def _lineage(program: Program, name: str) -> list[str]:
@@ -60,6 +72,16 @@ def _lineage(program: Program, name: str) -> list[str]:
         value = node.inputs[0]
         names.append(value.name or "")
     return names[::-1]
+
+
+def shares_mean(program: Program, name: str, statistics: Any) -> bool:
+    """Whether the elements of ``name`` have a common mean that counts beside their spread."""
+    source = _lineage(program, name)[0]
+    if _starts_at_zero(value_named(program, source)):
+        return True
+    stat = (getattr(statistics, "ranges", None) or {}).get(name)
+    mean, variance = getattr(stat, "mean", 0.0), getattr(stat, "variance", 1.0)
+    return bool(mean * mean > 0.25 * variance)
 
 
 def _starts_at_zero(value: ir.Value | None) -> bool:

@@ -41,16 +41,19 @@ _LARGEST_BIAS = 2.0**30
 
 def channel_form(parameters: Mapping[str, Any], axis: int) -> str:
     """Names everything per-channel weights depend on besides the weight."""
-    return f"int{parameters['weight_bits']}.axis{axis}.{parameters['clipping']}"
+    balance = parameters.get("balance", "none")
+    form = f"int{parameters['weight_bits']}.axis{axis}.{parameters['clipping']}"
+    return form if balance == "none" else f"{form}.{balance}"
 
 
 def channel_weights(value: ir.Value, parameters: Mapping[str, Any], axis: int) -> QuantizedWeight:
     """The weight in int8 with one scale for each index of ``axis``."""
     bits, clipping = int(parameters["weight_bits"]), parameters["clipping"]
+    balance = parameters.get("balance", "none")
     return quantized(
         value,
         channel_form(parameters, axis),
-        lambda array: quantize_channels(array, axis, bits=bits, clipping=clipping),
+        lambda array: quantize_channels(array, axis, bits=bits, clipping=clipping, balance=balance),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Effect, Form, Lossy, Need, Option, Refusal, Site, Transform
 from lamina.passes.quantize import carriers, dynamic, float16, static, weight_only
-from lamina.passes.quantize.activations import activation_range, value_named
+from lamina.passes.quantize.activations import activation_range, shares_mean, value_named
 from lamina.passes.quantize.graph import FLOAT, constant_array
 from lamina.passes.quantize.linear import linear_of
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
@@ -168,30 +169,40 @@ class Quantize(Transform):
         if form.startswith("float16"):
             array = _weight(site, program)
             return Option(form) if array is not None and float16.fits_float16(array) else None
-        bits = 4 if form.endswith("w4") else 7 if self.reduce_range and form.startswith("w8a8") else 8
-        parameters: dict[str, Any] = {"weight_bits": bits, "clipping": self.clipping}
+        if form in ("w8a8-dynamic", "stored-w8"):
+            return Option(form, self._channels(form, site, program, statistics))
+        parameters: dict[str, Any] = {
+            "weight_bits": 4 if form.endswith("w4") else 8,
+            "clipping": self.clipping,
+        }
         if form in ("w8", "w4"):
             if _is_left(site, program):
                 return None
             return Option(form, {**parameters, "block": self.block, "opset": 21})
-        if form == "stored-w4":
-            block = _dividing_block(site, program, self.block)
-            return None if block is None else Option(form, {**parameters, "block": block, "opset": 21})
-        return Option(form, parameters)
+        block = _dividing_block(site, program, self.block)
+        return None if block is None else Option(form, {**parameters, "block": block, "opset": 21})
+
+    def _channels(self, form: str, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
+        """How weights with a scale a channel are made."""
+        bits = 7 if self.reduce_range and form.startswith("w8a8") else 8
+        balance = "none"
+        if site.kind == "conv" and math.prod(_weight(site, program).shape[2:]) > 1:
+            balance = "kernel"
+        elif site.kind != "embedding" and shares_mean(program, site.inputs[0], statistics):
+            balance = "row"
+        return {"weight_bits": bits, "clipping": self.clipping, "balance": balance}
 
     def _static(self, site: Site, program: Program, statistics: Any) -> Option | None:
         inputs = [activation_range(program, name, statistics, self.ranges) for name in site.inputs]
-        output = activation_range(program, site.outputs[0], statistics, self.ranges)
         if any(given is None for given in inputs):
             return None
+        output = None
+        if site.kind == "conv" or site.kind in CARRIERS:
+            output = activation_range(program, site.outputs[0], statistics, self.ranges)
         if site.kind in CARRIERS:
             parameters: dict[str, Any] = {"inputs": inputs, "output": output}
             return None if output is None else Option("w8a8-static", parameters, "int8", "int8")
-        parameters = {
-            "input": inputs[0],
-            "weight_bits": 7 if self.reduce_range else 8,
-            "clipping": self.clipping,
-        }
+        parameters = {"input": inputs[0], **self._channels("w8a8-static", site, program, statistics)}
         if site.kind != "conv":
             return Option("w8a8-static", parameters, "int8", "float")
         written: Form = "int8"

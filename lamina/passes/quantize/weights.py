@@ -7,6 +7,7 @@ candidate is judged with that one (arXiv:1712.05877 gives the uniform grid; the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from lamina.errors import PassError
 
 Clipping = Literal["mse", "minmax"]
 CLIPPINGS: tuple[Clipping, ...] = ("mse", "minmax")
+Balance = Literal["none", "kernel", "row"]
 
 # Rows are searched this many elements at a time: the temporaries then stay in cache.
 _CHUNK = 1 << 18
@@ -43,15 +45,22 @@ class QuantizedWeight:
 
 
 def quantize_channels(
-    weight: np.ndarray, axis: int, *, bits: int = 8, clipping: Clipping = "mse"
+    weight: np.ndarray, axis: int, *, bits: int = 8, clipping: Clipping = "mse", balance: Balance = "none"
 ) -> QuantizedWeight:
     """Quantize symmetrically with one scale for each index of ``axis``.
+
+    Rounding can be balanced: an output's error is the sum of inputs times rounding errors, so where the inputs
+    are alike (neighbouring pixels) or share a mean (after a Relu), the sum of the errors is what counts. The
+    codes nearest to a tie are rounded the other way until it is nearly zero. On mobilenet that halves the
+    error of the logits (tests/passes/test_quantize_models.py).
 
     Args:
         weight: Floating weight of any shape.
         axis: The output-channel axis.
         bits: 2 to 8; the codes are int8 and use ``2^(bits-1) - 1`` steps to each side.
         clipping: ``mse`` searches the clipping point, ``minmax`` covers the largest magnitude.
+        balance: Over which weights errors sum to nearly zero: those of one ``kernel`` window (dimensions
+            after the second, of a convolution), the whole ``row`` of a channel, or ``none``.
 
     Returns:
         int8 codes in the weight's shape and float32 scales ``[channels]``.
@@ -64,6 +73,9 @@ def quantize_channels(
     for part in _chunks(rows):
         scale[part] = _symmetric_scale(rows[part], limit, clipping, bits)
         codes[part] = encode(rows[part], scale[part, None], limit)
+        if balance != "none":
+            size = math.prod(moved.shape[2:]) if balance == "kernel" else rows.shape[1]
+            codes[part] = _balanced(rows[part] / scale[part, None], codes[part], size, limit)
     # A channel of zeros takes a scale like the others': its bias is counted in units of it.
     dead = ~codes.any(axis=1)
     if dead.any() and not dead.all():
@@ -76,6 +88,19 @@ def encode(weight: np.ndarray, scale: np.ndarray, limit: int) -> np.ndarray:
     """The nearest codes within ``limit`` of zero."""
     codes: np.ndarray = np.clip(np.rint(weight / scale), -limit, limit).astype(np.int8)
     return codes
+
+
+def _balanced(exact: np.ndarray, codes: np.ndarray, size: int, limit: int) -> np.ndarray:
+    """Codes whose errors sum to at most half a step over each run of ``size``, changing each by at most 1."""
+    groups = codes.reshape(-1, size).astype(np.float32)
+    inside = np.clip(exact.reshape(-1, size), -limit, limit)
+    rest = inside - groups
+    count = np.rint(rest.sum(axis=1, keepdims=True))
+    sign = np.sign(count)
+    # the elements whose rounding the other way costs least come first
+    rank = np.argsort(np.argsort(-rest * sign, axis=1, kind="stable"), axis=1, kind="stable")
+    moved = np.clip(groups + sign * (rank < np.abs(count)), -limit, limit)
+    return moved.astype(np.int8).reshape(codes.shape)
 
 
 def quantize_blocks(
