@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,7 @@ class InstrumentedSession:
         program: Left unchanged; a clone carries the extra outputs.
         values: Names of values of the main graph to make readable.
         threads: Intra-operator threads; all available cores when None.
+        faithful: Forbid fusions that compute in fewer bits than the program says.
         configure: Called with the session options before the session is made.
 
     Raises:
@@ -47,7 +48,8 @@ class InstrumentedSession:
         values: Iterable[str] = (),
         *,
         threads: int | None = None,
-        configure: Any = None,
+        faithful: bool = True,
+        configure: Callable[[Any], None] | None = None,
     ) -> None:
         import onnxruntime as ort
 
@@ -57,6 +59,9 @@ class InstrumentedSession:
         options.intra_op_num_threads = threads or available_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        if faithful:
+            # trap: a dequantized weight and its MatMul fuse into a kernel that rounds activations to 8 bits.
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if configure is not None:
             configure(options)
         serialized, weights = _serialize(model)
@@ -160,8 +165,8 @@ def _expose(model: ir.Model, names: Iterable[str], source: str) -> None:
 def _serialize(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray]]:
     """The model without its large weights, and their bytes by the name of the file they pretend to be in."""
     files: dict[str, np.ndarray] = {}
-    for name, value in model.graph.initializers.items():
-        tensor = value.const_value
+    for value in [v for graph in model.graphs() for v in graph.initializers.values()]:
+        name, tensor = value.name or "", value.const_value
         if tensor is None or tensor.dtype == ir.DataType.STRING:
             continue
         if tensor.nbytes > _INLINE_BYTES and tensor.dtype.bitwidth >= 8:
