@@ -110,6 +110,8 @@ class Costs:
     def _useful(self, index: int, gene: int, axes: Collection[str]) -> bool:
         if self.space.choices[index].removes:
             return True
+        if not np.isfinite(self.delta["latency"][index][gene - 1]):
+            return False  # the target refuses this option here
         if {"size", "memory"} & set(axes) and self.delta["size"][index][gene - 1] < 0:
             return True
         slack = -0.0003 * self.base["latency"]  # gains below that are timing noise
