@@ -27,7 +27,10 @@ FOLDS: tuple[str, ...] = (
 # Equivalent forms whose worth depends on the target: the caller prices each and keeps what is faster.
 FORMS: tuple[str, ...] = (
     "fuse_gelu",
+    "fuse_rms_normalization",
     "split_residual_sum",
+    "fuse_rotary",
+    "fuse_attention",
 )
 
 # After lossy moves, which leave conversions and dead weights behind.
