@@ -12,7 +12,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from lamina.errors import CaptureError, UnsupportedOperator
-from lamina.ir.normalize import OLDEST, check_opset, normalize
+from lamina.ir.inference import infer_shapes
+from lamina.ir.normalize import OLDEST, normalize
 from lamina.ir.tensors import ExternalFiles
 
 _DAMAGED = "the file is truncated or not an ONNX model: export or download it again"
@@ -111,13 +112,12 @@ def _from_proto(proto: onnx.ModelProto, source: str, files: ExternalFiles) -> ir
 
 
 def _finish(model: ir.Model, source: str, files: ExternalFiles) -> ir.Model:
-    version = model.opset_imports.get("", model.opset_imports.get("ai.onnx", OLDEST))
-    if version < OLDEST:
+    normalize(model, source, files)
+    if model.opset_imports[""] < OLDEST:
         from lamina.ir.upgrade import upgrade
 
-        model = upgrade(model, source, files)
-    check_opset(model, source)
-    normalize(model, source, files)
+        model = upgrade(model, source)
+        infer_shapes(model)
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import onnx
@@ -10,6 +10,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from lamina.errors import CaptureError, UnsupportedOperator
+from lamina.ir import opset
+from lamina.ir.inference import infer_shapes as infer_shapes
 from lamina.ir.names import make_names_unique, subgraphs
 from lamina.ir.skeleton import skeleton
 from lamina.ir.tensors import ExternalFiles, own, shape_of
@@ -34,6 +36,7 @@ def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
         UnsupportedOperator: It uses an operator, domain or opset lamina does not know.
     """
     _default_domain(model)
+    _check_opset(model, source)
     _check_operators(model, source)
     _inline(model, source)
     _check_references(model, source)
@@ -93,18 +96,13 @@ def _check_operators(model: ir.Model, source: str) -> None:
             )
 
 
-def check_opset(model: ir.Model, source: str) -> None:
-    """Raise UnsupportedOperator unless the default opset is one lamina takes.
-
-    Raises:
-        UnsupportedOperator: The opset is outside 13 to 25.
-    """
+def _check_opset(model: ir.Model, source: str) -> None:
     version = model.opset_imports.get("")
     if version is None:
         if any(n.domain in STANDARD for n in _every_node(model)):
             raise CaptureError("the model does not say its opset", where=source, advice=_EXPORT_AGAIN)
         model.opset_imports[""] = 20
-    elif not OLDEST <= version <= NEWEST:
+    elif not opset.OLDEST <= version <= NEWEST:
         raise UnsupportedOperator(
             f"opset {version} is not supported",
             where=source,
@@ -277,52 +275,3 @@ def check_valid(model: ir.Model, source: str) -> None:
         raise CaptureError(
             f"not a valid ONNX model: {message}", where=source, advice=_EXPORT_AGAIN
         ) from error
-
-
-def infer_shapes(model: ir.Model) -> None:
-    """Fill in what shape inference can tell; what the model declares about its interface stays as it is."""
-    proto, _ = skeleton(model)
-    try:
-        inferred = onnx.shape_inference.infer_shapes(
-            proto, check_type=False, strict_mode=False, data_prop=True
-        )
-    except onnx.shape_inference.InferenceError:
-        return  # an operator's own inference failed: shapes stay unknown, observed_shapes() still works
-    _merge(model.graph, inferred.graph)
-
-
-def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> None:
-    infos = {info.name: info for info in (*proto.value_info, *proto.output)}
-    protos = {n.name: n for n in proto.node}
-    for node in graph:
-        for value in node.outputs:
-            if value.name in infos:
-                _refine(value, infos[value.name])
-        for attribute, inner in zip(
-            _graph_attributes(protos.get(node.name or "")), subgraphs(node), strict=False
-        ):
-            _merge(inner, attribute)
-
-
-def _graph_attributes(node: onnx.NodeProto | None) -> Iterable[onnx.GraphProto]:
-    for attribute in node.attribute if node is not None else ():
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _refine(value: ir.Value, info: onnx.ValueInfoProto) -> None:
-    other = ir.from_proto(info)
-    if value.type is None:
-        value.type = other.type
-    if other.shape is None:
-        return
-    if value.shape is None:
-        value.shape = other.shape
-    elif not value.is_graph_output() and value.shape.rank() == other.shape.rank():
-        pairs = zip(value.shape, other.shape, strict=True)
-        value.shape = ir.Shape([a if isinstance(a, int) or _unknown(b) else b for a, b in pairs])
-
-
-def _unknown(dim: object) -> bool:
-    return isinstance(dim, ir.SymbolicDim) and dim.value is None

@@ -1,0 +1,101 @@
+"""Shape inference that copes with big weights, wrong declarations and what onnx's own leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx
+import onnx_ir as ir
+
+from lamina.ir.names import subgraphs
+from lamina.ir.skeleton import skeleton
+
+_MAX_ROUNDS = 4
+
+
+def infer_shapes(model: ir.Model) -> None:
+    """Fill in what inference can tell, in place; what the model declares about its interface stays as it is.
+
+    Declared shapes of inner values are believed only where nothing can be inferred: exporters get them wrong,
+    and passes leave them stale.
+    """
+    _round(model, forget=True)
+    for _ in range(_MAX_ROUNDS):
+        if not _add_ranks(model.graph):
+            return
+        _round(model, forget=False)
+
+
+def _round(model: ir.Model, *, forget: bool) -> None:
+    proto, _ = skeleton(model)
+    if forget:
+        opaque = {name for n in proto.graph.node if n.domain not in ("", "ai.onnx") for name in n.output}
+        kept = [info for info in proto.graph.value_info if info.name in opaque]
+        del proto.graph.value_info[:]
+        proto.graph.value_info.extend(kept)
+    try:
+        done = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        return  # one operator's inference failed: shapes stay unknown, observed_shapes() still works
+    _merge(model.graph, done.graph)
+
+
+def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> None:
+    infos = {info.name: info for info in (*proto.value_info, *proto.output)}
+    protos = {n.name: n for n in proto.node}
+    for node in graph:
+        for value in node.outputs:
+            if value.name in infos:
+                _refine(value, infos[value.name])
+        inner_protos = _graph_attributes(protos.get(node.name or ""))
+        for inner_proto, inner in zip(inner_protos, subgraphs(node), strict=False):
+            _merge(inner, inner_proto)
+
+
+def _graph_attributes(node: onnx.NodeProto | None) -> Iterable[onnx.GraphProto]:
+    for attribute in node.attribute if node is not None else ():
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _refine(value: ir.Value, info: onnx.ValueInfoProto) -> None:
+    kind, shape = ir.serde.deserialize_type_proto_for_type(info.type), _shape(info)
+    declared = value.is_graph_output()
+    if kind is not None and (value.type is None or not declared):
+        value.type = kind
+    if shape is None:
+        return
+    if value.shape is None:
+        value.shape = shape
+    elif not declared:
+        same_rank = len(value.shape) == len(shape)
+        pairs = zip(shape, value.shape, strict=True) if same_rank else ((d, d) for d in shape)
+        value.shape = ir.Shape([_better(a, b) for a, b in pairs])
+
+
+def _shape(info: onnx.ValueInfoProto) -> ir.Shape | None:
+    return ir.serde.deserialize_type_proto_for_shape(info.type)
+
+
+def _better(inferred: int | ir.SymbolicDim, declared: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+    """A number beats a name, the model's own name beats a made-up one, anything beats nothing."""
+    if isinstance(inferred, int):
+        return inferred
+    if inferred.value is None or str(inferred.value).startswith("unk__"):
+        return declared if isinstance(declared, int) or declared.value is not None else inferred
+    return inferred
+
+
+def _add_ranks(graph: ir.Graph) -> bool:
+    """Give Reshapes whose target is computed at least their rank: the length of the target."""
+    found = False
+    for node in graph:
+        target = node.inputs[1] if node.op_type == "Reshape" and len(node.inputs) > 1 else None
+        if target is None or target.shape is None or node.outputs[0].shape is not None:
+            continue
+        length = target.shape[0] if len(target.shape) == 1 else None
+        if isinstance(length, int):
+            node.outputs[0].shape = ir.Shape([None] * length)
+            found = True
+    return found
