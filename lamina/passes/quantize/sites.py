@@ -59,7 +59,8 @@ def _weighted(node: ir.Node, minimum_reduction: int) -> Site | Refusal | None:
         add = bias_add_after(node) if node.op_type == "MatMul" else None
         product = read_linear(node, add)
         if isinstance(product, str):
-            return _refuse(node, product)
+            problem = _weight_problem(node.inputs[1], (2,)) if node.op_type == "Gemm" else None
+            return _refuse(node, problem or product)
         reason = _weight_problem(product.weight, (2,))
         reduction = 0 if reason else product.depth
     if reason is None and reduction < minimum_reduction:
@@ -138,7 +139,8 @@ def _embedding(node: ir.Node) -> Site | Refusal | None:
 
 
 def _has_weight(node: ir.Node) -> bool:
-    return any(constant_tensor(v) is not None and v.dtype == FLOAT for v in node.inputs if v is not None)
+    tensors = (constant_tensor(v) for v in node.inputs)
+    return any(t is not None and t.dtype.is_floating_point() for t in tensors)
 
 
 def _overridable(node: ir.Node) -> Refusal | None:

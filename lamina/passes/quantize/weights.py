@@ -49,7 +49,7 @@ def quantize_channels(
 ) -> QuantizedWeight:
     """Quantize symmetrically with one scale for each index of ``axis``.
 
-    Rounding can be balanced: an output's error is the sum of inputs times rounding errors, so where the inputs
+    Rounding can be balanced: an output's error is the sum of inputs times rounding errors, so where inputs
     are alike (neighbouring pixels) or share a mean (after a Relu), the sum of the errors is what counts. The
     codes nearest to a tie are rounded the other way until it is nearly zero. On mobilenet that halves the
     error of the logits (tests/passes/test_quantize_models.py).
