@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -72,7 +72,7 @@ class Tvm:
         from lamina.backends.tvm_search import tuning_trouble
 
         self.check(target)
-        with TvmProcess(target.threads, "the description of TVM", runtime_only=False) as process:
+        with TvmProcess(target.threads, "the description of TVM") as process:
             header = {"do": "describe", "threads": target.threads, "mcpu": target.options.get("mcpu")}
             reply = process.ask(header, timeout=180.0).header
         if not reply["llvm"]:
@@ -122,7 +122,7 @@ class Tvm:
 
         feeds = [case.feeds for case in workload]
         paths = [self._library(model, target, feeds).path for model in models]
-        variables = environment(target.threads, runtime_only=True)
+        variables = environment(target.threads)
         with IsolatedTimer(target, workload, loader=LOADER, environment=variables) as timer:
             numbers = timer.add_all(paths)
             timings = timer.time(numbers, None, seconds)
@@ -131,7 +131,7 @@ class Tvm:
     def peak_memory(self, model: Path, target: Target, case: Case) -> int:
         """Peak resident bytes a fresh process adds, on top of TVM's runtime, to load and run ``model``."""
         library = self._library(model, target, [case.feeds])
-        with TvmProcess(target.threads, str(model), runtime_only=True) as process:
+        with TvmProcess(target.threads, str(model)) as process:
             header = {"do": "memory", "library": str(library.path), "threads": target.threads}
             return int(process.ask(header, case.feeds).header["bytes"])
 
@@ -204,7 +204,7 @@ def _is_count(text: str) -> bool:
     return text.isdigit() and int(text) > 0
 
 
-_OPTIONS = {
+_OPTIONS: dict[str, Callable[[str], bool]] = {
     "tune": _is_number,
     "trials": _is_count,
     "tolerance": _is_number,

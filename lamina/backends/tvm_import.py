@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from lamina.backends.tvm_operators import Unimportable, unimportable
+from lamina.backends.tvm_operators import NEED_COMPILER, Unimportable, unimportable
 from lamina.errors import BudgetError, DataError, UnsupportedOperator
 from lamina.ir.capture import capture
 from lamina.ir.normalize import infer_shapes
@@ -48,6 +48,11 @@ class Prepared:
     def dynamic(self) -> bool:
         """Whether some input dim is open."""
         return any(not isinstance(d, int) for port in self.inputs for d in port.shape)
+
+    @property
+    def runtime_only(self) -> bool:
+        """Whether TVM's runtime library can run it without the compiler's."""
+        return not any(node.op_type in NEED_COMPILER for node in self.model.graph.all_nodes())
 
 
 def prepare(model: ir.Model | Path, shapes: Shapes, bound: int | None) -> Prepared:
@@ -195,8 +200,20 @@ def _fold(model: ir.Model) -> None:
     infer_shapes(model)
     optimizer.fold_constants(model, onnx_shape_inference=True)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    _carry_constant_outputs(model)
     common.RemoveUnusedNodesPass()(model)
     infer_shapes(model)
+
+
+def _carry_constant_outputs(model: ir.Model) -> None:
+    """An output that folded to a constant comes from an Identity: TVM cannot read it off a Constant node."""
+    rewriter = Rewriter(model)
+    for node in [n for n in model.graph if n.op_type == "Constant" and not n.domain]:
+        tensor = node.outputs[0].const_value
+        if tensor is not None and node.outputs[0].is_graph_output():
+            value = rewriter.constant(tensor.numpy(), f"{node.name or 'constant'}_value", dtype=tensor.dtype)
+            rewriter.at(node).replace_uses(node.outputs[0], value)
+            rewriter.remove([node])
 
 
 # -- Range ------------------------------------------------------------------------------------------

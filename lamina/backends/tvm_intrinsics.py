@@ -22,14 +22,14 @@ def load() -> None:
     """Register the x86 intrinsics and stand in for the package; idempotent, also run in build workers."""
     if _PACKAGE in sys.modules:
         return
-    parent = importlib.import_module("tvm.s_tir")
-    package = types.ModuleType(_PACKAGE)
+    parent: Any = importlib.import_module("tvm.s_tir")
+    package: Any = types.ModuleType(_PACKAGE)
     package.__path__ = [str(Path(str(parent.__file__)).parent / "tensor_intrin")]
     sys.modules[_PACKAGE] = package
     whole = inspect.stack
     inspect.stack = _stack_without_source
     try:
-        package.x86 = importlib.import_module(f"{_PACKAGE}.x86")  # type: ignore[attr-defined]
+        package.x86 = importlib.import_module(f"{_PACKAGE}.x86")
     finally:
         inspect.stack = whole
     parent.tensor_intrin = package

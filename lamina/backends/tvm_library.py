@@ -66,7 +66,7 @@ class TvmExecutable:
         self.output_names = prepared.outputs
         self.library = library
         self._prepared = prepared
-        self._process = TvmProcess(threads, prepared.where, runtime_only=True)
+        self._process = TvmProcess(threads, prepared.where)
         self._process.ask({"do": "load", "library": str(path), "threads": threads})
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
@@ -163,7 +163,7 @@ def _compile(
     }
     if shutil.which("gcc") is None and shutil.which("clang") is None and shutil.which("cc") is None:
         raise BackendError("TVM needs a C compiler to link a library", advice="install gcc or clang")
-    with TvmProcess(target.threads, prepared.where, runtime_only=False) as process:
+    with TvmProcess(target.threads, prepared.where) as process:
         reply = process.ask(header).header
     library = Library(path, prepared, reply["kernels"], reply["lowered"], reply["cpu"], 0.0)
     write_interface(library, target)
@@ -184,6 +184,7 @@ def write_interface(library: Library, target: Target) -> Path:
         ],
         "outputs": list(prepared.outputs),
         "limit": prepared.limit,
+        "runtime_only": prepared.runtime_only,
         "threads": target.threads,
         "cpu": library.cpu,
         "kernels": dict(library.kernels),
@@ -281,7 +282,7 @@ def relative_error(wanted: np.ndarray, got: np.ndarray) -> float:
 def compare_speed(paths: Sequence[Path], target: Target, feeds: Feeds, seconds: float) -> Ratio:
     """Time of the second library over the first's, alternating, each in a process of its own."""
     workload = (Case("check", feeds),)
-    variables = environment(target.threads, runtime_only=True)
+    variables = environment(target.threads)
     with IsolatedTimer(target, workload, loader=LOADER, environment=variables) as timer:
         first, second = timer.add_all(paths)
         return timer.time([first, second], None, seconds).ratio(second, first, "check")

@@ -87,6 +87,8 @@ def _reason(node: ir.Node, opset: int) -> str | None:
     for value in (*node.inputs, *node.outputs):
         if value is not None and value.dtype is not None and value.dtype not in DTYPES:
             return f"works on {value.dtype.name.lower()} ('{value.name}')"
+    if node.op_type.startswith("Reduce") and _empty(node.inputs[0]):
+        return "reduces an empty tensor, which TVM gets wrong"
     for index in _CONSTANT_INPUTS.get(node.op_type, ()):
         value = _input(node, index)
         if value is not None and value.const_value is None:
@@ -107,6 +109,10 @@ def _newer_than_known(node: ir.Node, opset: int) -> str | None:
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
+
+
+def _empty(value: ir.Value | None) -> bool:
+    return value is not None and value.shape is not None and 0 in tuple(value.shape)
 
 
 def _integer(node: ir.Node, name: str, default: int) -> int:
@@ -228,6 +234,13 @@ def _split(node: ir.Node) -> str | None:
     return "has an empty part" if constant is not None and not constant.numpy().all() else None
 
 
+def _tile(node: ir.Node) -> str | None:
+    repeats = _input(node, 1)
+    constant = None if repeats is None else repeats.const_value
+    many = constant is not None and int((constant.numpy() != 1).sum()) > 2
+    return "repeats more than two axes, which TVM gets wrong (it reads other memory)" if many else None
+
+
 def _top_k(node: ir.Node) -> str | None:
     return None if _integer(node, "sorted", 1) else "does not ask for sorted values, which TVM refuses"
 
@@ -273,8 +286,12 @@ _CHECKS: dict[str, Callable[[ir.Node], str | None]] = {
     "RoiAlign": _roi_align,
     "SkipLayerNormalization": _skip_layer_normalization,
     "Split": _split,
+    "Tile": _tile,
     "TopK": _top_k,
 }
+
+# Their kernels call routines that only the compiler's library has, not the runtime's.
+NEED_COMPILER = frozenset({"NonMaxSuppression", "NonZero", "TopK"})
 
 
 def plain_kernel(name: str) -> str:

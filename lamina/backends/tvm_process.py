@@ -51,26 +51,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def environment(threads: int, *, runtime_only: bool) -> dict[str, str]:
-    """Variables TVM reads when it is imported."""
-    settings = {
+def environment(threads: int) -> dict[str, str]:
+    """Variables TVM reads when it is imported; which of its libraries to load, the loader says."""
+    return {
         "TVM_NUM_THREADS": str(threads),
         "TVM_BIND_THREADS": "0",
         "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1",  # else it compiles a torch extension where torch is installed
     }
-    return {**settings, "TVM_USE_RUNTIME_LIB": "1"} if runtime_only else settings
 
 
 class TvmProcess:
-    """One child process that compiles (``runtime_only=False``) or runs compiled libraries.
+    """One child process that compiles, or runs a compiled library.
 
     Args:
         threads: Threads TVM may use in it.
         label: What it works for, in error messages.
-        runtime_only: Load TVM's runtime without its compiler.
     """
 
-    def __init__(self, threads: int, label: str, *, runtime_only: bool) -> None:
+    def __init__(self, threads: int, label: str) -> None:
         require_tvm()
         self.label = label
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
@@ -85,7 +83,7 @@ class TvmProcess:
             stdout=subprocess.PIPE,
             stderr=self._complaints,
             cwd=self._folder.name,
-            env={**inherited, **environment(threads, runtime_only=runtime_only), **search},
+            env={**inherited, **environment(threads), **search},
             start_new_session=True,  # so that build workers end with it
         )
         self._answers: queue.Queue[Frame | None] = queue.Queue()

@@ -38,7 +38,7 @@ _PIN = "pip install --no-deps apache-tvm-ffi==0.1.14.post1"
 def tuning_trouble() -> str | None:
     """Why tuning does not work here, or None; found by trying it in a child process, once."""
     try:
-        with TvmProcess(1, "the tuning check", runtime_only=False) as process:
+        with TvmProcess(1, "the tuning check") as process:
             process.ask({"do": "health"}, timeout=180.0)
     except BackendError as error:
         return error.what
@@ -121,7 +121,7 @@ def _search(
     header |= {"database": str(database), "trials": trials}
     start = time.monotonic()
     done = False
-    with TvmProcess(target.threads, library.prepared.where, runtime_only=False) as process:
+    with TvmProcess(target.threads, library.prepared.where) as process:
         try:
             process.ask(header, timeout=seconds, report=report)
             done = True

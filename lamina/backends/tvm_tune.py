@@ -89,7 +89,7 @@ def _progress(ms: Any, total: int, report: Report) -> Any:
     from tvm.ir.utils import derived_object
 
     @derived_object
-    class Counting(ms.measure_callback.PyMeasureCallback):  # type: ignore[misc]
+    class Counting(ms.measure_callback.PyMeasureCallback):
         """Counts measured candidates."""
 
         done, failed = 0, 0

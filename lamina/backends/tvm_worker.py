@@ -20,7 +20,7 @@ import numpy as np
 
 from lamina.backends._frames import Frame, read_frame, write_frame
 from lamina.backends._worker import _high_water
-from lamina.backends.tvm_loader import Library
+from lamina.backends.tvm_loader import Library, configure, read_interface
 
 Reply = Frame | dict[str, Any]
 
@@ -178,7 +178,7 @@ def _run(frame: Frame) -> Reply:
 
 
 def _memory(frame: Frame) -> Reply:
-    os.environ["TVM_USE_RUNTIME_LIB"] = "1"
+    configure(read_interface(frame.header["library"]))
     import tvm.runtime
     import tvm.runtime.vm  # noqa: F401  the runtime is part of the baseline, as ONNX Runtime is of its own
 

@@ -188,7 +188,7 @@ def test_importer_failures_name_the_node() -> None:
 
 
 def test_a_process_that_dies_is_an_error_not_a_crash() -> None:
-    with TvmProcess(1, "the test", runtime_only=True) as process:
+    with TvmProcess(1, "the test") as process:
         with pytest.raises(BackendError, match="failed"):
             process.ask({"do": "load", "library": "/nowhere/model.so", "threads": 1})
         process._process.kill()

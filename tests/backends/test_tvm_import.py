@@ -313,3 +313,19 @@ def test_importing_the_backend_imports_no_tvm(tmp_path: Path) -> None:
         "sys.exit(any(m.split('.')[0] in ('tvm', 'torch', 'onnxruntime') for m in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+def test_a_constant_output_stays_an_output() -> None:
+    nodes = [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Cast", ["s"], ["y"], to=FLOAT)]
+    prepared = prepare(graph(nodes, X, ["y"]), {}, None)
+    assert [n.op_type for n in prepared.model.graph] == ["Identity"]
+    assert prepared.outputs == ("y",)
+    np.testing.assert_array_equal(run_reference(prepared.model, {"x": np.zeros((2, 4), np.float32)})["y"], [2, 4])
+
+
+def test_a_tile_of_many_axes_is_refused() -> None:
+    inputs: Inputs = {"x": (FLOAT, [2, 3, 4])}
+    few, many = np.array([1, 2, 2]), np.array([2, 2, 2])
+    assert prepare(graph([node("Tile", "x r")], inputs, ["y"], {"r": few}), {}, None)
+    with pytest.raises(UnsupportedOperator, match="Tile"):
+        prepare(graph([node("Tile", "x r")], inputs, ["y"], {"r": many}), {}, None)
