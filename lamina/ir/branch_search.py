@@ -108,7 +108,7 @@ class Search:
 
     def _identity(self, add: int, skip: ir.Value, body: ir.Value, reasons: list[str]) -> list[Found]:
         anchors = self._anchors(skip)
-        if not any(len(self.view.readers.get(v, ())) > 1 for v in anchors):
+        if not self._forks(anchors):
             return []
         if not self.view.only_reader(body, add):
             self._explain(add, anchors, body, reasons)
@@ -122,6 +122,16 @@ class Search:
             reasons.append(f"the skip '{skip.name}' has another shape than the sum")
             return []
         return self._terms(whole, anchors) or [whole]
+
+    def _forks(self, anchors: Sequence[ir.Value]) -> bool:
+        """Whether the body can read an anchor at all: it has two readers, or a fused sum gives it twice."""
+        for value in anchors:
+            if len(self.view.readers.get(value, ())) > 1:
+                return True
+            node = self.view.maker(value)
+            if node is not None and node.op_type in _FUSED and value is not node.outputs[0]:
+                return True
+        return False
 
     def _fed(self, add: int, skip: ir.Value, body: ir.Value, anchors: Sequence[ir.Value]) -> Found | None:
         """The branch from the anchors to ``body``, if weights lie on the way."""

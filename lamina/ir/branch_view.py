@@ -10,8 +10,8 @@ from enum import IntEnum
 
 import onnx_ir as ir
 
-LOCAL_STEPS = 1024  # what one walk may always cost
-SHARED_STEPS = 40  # times the nodes: what all longer walks together may cost, so that the search is linear
+LOCAL_STEPS = 256  # what one walk may always cost
+SHARED_STEPS = 20  # times the nodes: what all longer walks together may cost, so that the search is linear
 
 
 def words(text: str) -> frozenset[str]:
@@ -73,6 +73,7 @@ class GraphView:
         self.outputs = frozenset(v for v in graph.outputs)
         self.interface = frozenset(v for v in graph.inputs if v.name not in graph.initializers)
         self.flow: dict[ir.Value, Flow] = {v: Flow.DATA for v in self.interface}
+        self._weighted: set[int] = set()
         self.steps = 0  # of all walks so far: what tests hold against the size of the graph
         self.steps_left = max(SHARED_STEPS * len(self.nodes), 100_000)
         for position, node in enumerate(self.nodes):
@@ -90,6 +91,8 @@ class GraphView:
         flow = max((self.flow.get(v, Flow.CONSTANT) for v in reads), default=Flow.CONSTANT)
         if node.op_type in ("Shape", "Size") and flow is Flow.DATA:
             flow = Flow.SHAPE
+        if flow is Flow.DATA and self._holds_weight(node):
+            self._weighted.add(position)
         for value in node.outputs:
             self.producer[value] = position
             self.flow[value] = flow
@@ -105,13 +108,13 @@ class GraphView:
 
     def is_weighted(self, position: int) -> bool:
         """Whether the node multiplies data with a weight: Conv, MatMul, Gemm, LSTM and their kin."""
-        node = self.nodes[position]
+        return position in self._weighted
+
+    def _holds_weight(self, node: ir.Node) -> bool:
         slots = _WEIGHTED.get(node.op_type, ())
         if node.op_type in _CONTRIB_ATTENTION and node.domain == "com.microsoft":
             slots = (1,)
         inputs = [node.inputs[i] for i in slots if i < len(node.inputs)]
-        if not any(self.is_data(v) for v in self.reads[position]):
-            return False
         return any(v is not None and self.flow.get(v, Flow.CONSTANT) is Flow.CONSTANT for v in inputs)
 
     def only_reader(self, value: ir.Value, position: int) -> bool:
@@ -257,29 +260,11 @@ class GraphView:
         """Interface outputs that are caches: named so, or made by extending a cache the interface gives."""
         for output in self.graph.outputs:
             if self.is_data(output) and output in self.producer:
-                state, attends = self._state_behind(output)
+                state, attends = state_behind(output)
                 if state or attends or (output.name and _CACHE_NAME.search(output.name)):
                     self.state_of[output] = state
         for output in self.state_of:
             self._mark_tail(output)
-
-    def _state_behind(self, output: ir.Value) -> tuple[frozenset[ir.Value], bool]:
-        """Interface inputs moved into a cache output; and whether an attention operator makes it."""
-        found, attends, seen = set[ir.Value](), False, 0
-        pending = [output]
-        while pending and seen < 32:
-            value = pending.pop(0)
-            seen += 1
-            node = self.maker(value)
-            if node is None:
-                if value in self.interface and _alike(value, output):
-                    found.add(value)
-            elif node.op_type in _MOVES:
-                pending.extend(v for v in self.reads[self.producer[value]] if self.is_data(v))
-            elif "Attention" in node.op_type and value is not node.outputs[0]:
-                attends = True
-                pending.extend(v for v in node.inputs if v in self.interface)
-        return frozenset(found), attends
 
     def _mark_tail(self, output: ir.Value) -> None:
         """Nodes that only move state to a cache output; reading a value there does not let it escape."""
@@ -302,6 +287,27 @@ class GraphView:
             for producer in heap_reads:
                 if producer is not None:
                     heapq.heappush(heap, -producer)
+
+
+def state_behind(output: ir.Value) -> tuple[frozenset[ir.Value], bool]:
+    """Interface inputs that are moved into a cache output; and whether an attention operator makes it."""
+    found, attends, seen = set[ir.Value](), False, 0
+    pending: list[ir.Value | None] = [output]
+    while pending and seen < 48:
+        value = pending.pop(0)
+        seen += 1
+        node = None if value is None else value.producer()
+        if value is None or value.is_initializer():
+            continue
+        if node is None:
+            if value.is_graph_input() and _alike(value, output):
+                found.add(value)
+        elif node.op_type in _MOVES:
+            pending.extend(node.inputs)
+        elif "Attention" in node.op_type and value is not node.outputs[0]:
+            attends = True
+            pending.extend(v for v in node.inputs if v is not None and v.is_graph_input())
+    return frozenset(found), attends
 
 
 def _alike(value: ir.Value, output: ir.Value) -> bool:

@@ -118,8 +118,8 @@ def find_branches(program: Program) -> BranchesResult:
     Parallel branches added to each other before the skip (GPT-J) are told apart; nested ones have a parent.
     Refuses: no weighted operator on the way (biases, masks, positions, rotary, GELU); the body or a value on
     every path from the skip is read elsewhere; shapes of skip and sum differ.
-    Cost: O(nodes + edges), bounded also on adversarial graphs: walks past 1,024 steps share one allowance of
-    40 steps a node; what does not fit is refused.
+    Cost: O(nodes + edges), bounded also on adversarial graphs: walks past 256 steps share one allowance of
+    20 steps a node; what does not fit is refused.
     """
     view = GraphView(program.graph)
     search = Search(view)

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.errors import PassError
+from lamina.ir.branch_view import state_behind
 from lamina.ir.branches import Branch, BranchesResult, find_branches, sum_output
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
@@ -25,9 +26,9 @@ _RMS_NORM = "SkipSimplifiedLayerNormalization"
 class DropBranch(Transform):
     """Replace ``skip + f(skip)`` by ``skip``.
 
-    Fires: every branch of :func:`lamina.ir.branches.find_branches` with a skip of the sum's shape and dtype. A
-        projection shortcut stays. A fused SkipLayerNormalization becomes the normalization of the skip; its bias
-        input is the bias of the branch's last projection and leaves with it.
+    Fires: every branch that :func:`find_branches` finds with a skip of the shape and dtype of the sum. A
+        projection shortcut stays. A fused SkipLayerNormalization becomes the normalization of the skip; its
+        bias is that of the branch's last projection and leaves with it.
     Refuses: shapes or dtypes that differ or are unknown (broadcasting would change the interface); a second
         branch that shares its Add with a parallel one (chain-residual-sums separates them); near misses.
     Effect: Lossy; equal to multiplying the branch's output by zero.
@@ -92,17 +93,17 @@ class DropBranch(Transform):
         members = set(nodes[:-1] if rewriter.has_node(site.nodes[-1]) else nodes)
         graph = rewriter.model.graph
         states = [v for v in graph.outputs if v.producer() in members]
-        like = {_signature(v) for v in states}
-        given = [v for v in graph.inputs if v.name not in graph.initializers and _signature(v) in like]
-        before = {v for v in given if any(use.node in members for use in v.uses())}
+        past = {
+            v: None for state in states for v in sorted(state_behind(state)[0], key=lambda v: v.name or "")
+        }
         for value in states:
             graph.outputs.remove(value)
         sweep(rewriter, reversed(nodes))
-        for value in before:
-            if not value.uses() and not value.is_graph_output():
-                graph.inputs.remove(value)
+        gone = [v for v in past if not v.uses() and not v.is_graph_output()]
+        for value in gone:
+            graph.inputs.remove(value)
         if states:
-            names = ", ".join(f"'{v.name}'" for v in (*before, *states))
+            names = ", ".join(f"'{v.name}'" for v in (*gone, *states))
             rewriter.record(self.name, site.name, f"cache left the interface: {names}")
 
 
@@ -325,7 +326,3 @@ def remove_unused_initializers(model: ir.Model, keep: frozenset[str] = frozenset
             del graph.initializers[name]
             if value in graph.inputs:
                 graph.inputs.remove(value)
-
-
-def _signature(value: ir.Value) -> tuple[ir.DataType | None, int | None]:
-    return value.dtype, None if value.shape is None else len(value.shape)
