@@ -29,6 +29,8 @@ FORMS: tuple[str, ...] = (
     "fuse_gelu",
     "fuse_rms_normalization",
     "split_residual_sum",
+    "convolve_shortcut",
+    "compose_projections",
     "fuse_rotary",
     "fuse_attention",
 )

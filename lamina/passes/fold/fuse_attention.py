@@ -10,6 +10,7 @@ import onnx_ir as ir
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import LocalFold, attribute, is_op, rank_of, scalar, sole_consumer, substitute
 from lamina.passes.fold.heads import merged, packed, permutation, same_dim, same_dims, unrepeated
+from lamina.passes.fold.masks import is_causal
 from lamina.passes.pass_ import Effect, Rounding
 
 
@@ -22,6 +23,7 @@ class _Match:
     scale: float
     result: ir.Value
     heads: tuple[int, int] | None  # None: the operands are [b, h, t, d]
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class FuseAttention(LocalFold):
     """Replace two MatMuls around a Softmax, scale and mask included, by ``Attention``.
 
     Heads that were repeated for grouped queries are read once; where heads are split off before and put
-    together after, the operator takes and gives the unsplit tensors and four transposes go with it.
+    together after, the operator takes and gives the unsplit tensors and four transposes go with it. A mask
+    that is causal for every length becomes the operator's own.
 
     Fires: float32; q, k, v [b, h, t, d] with the heads known, or one head [b, t, d]; an additive mask
     that broadcasts to [b, h, t, s] and has all of s.
@@ -73,6 +76,8 @@ class FuseAttention(LocalFold):
         """Write the operator in place of the last product, or of what puts its heads together."""
         inputs = [match.q, match.k, match.v] + ([match.mask] if match.mask is not None else [])
         attributes: dict[str, Any] = {"scale": match.scale}
+        if match.causal:
+            attributes["is_causal"] = 1
         if match.heads is not None:
             attributes |= {"q_num_heads": match.heads[0], "kv_num_heads": match.heads[1]}
         where = match.result.producer().name
@@ -158,23 +163,30 @@ def _many_heads(core: _Core) -> _Match | str:
     turned = permutation(core.k.producer()) == (0, 2, 3, 1)  # k is [b, h, d, s] then
     k, v = core.k if turned else unrepeated(core.k), unrepeated(core.v)
     q_heads, kv_heads = (value.shape[1] if value.shape is not None else None for value in (core.q, k))
-    if not isinstance(q_heads, int) or not isinstance(kv_heads, int) or q_heads % kv_heads:
+    if (
+        core.q.shape is None
+        or not isinstance(q_heads, int)
+        or not isinstance(kv_heads, int)
+        or q_heads % kv_heads
+    ):
         return "its heads are not known"
     if not same_dims(core.q, core.k, (0, 1)) or not same_dims(k, v, (0, 1)) or not same_dims(core.q, k, (0,)):
         return "its shapes are not certain to agree"
     length = k.shape[3 if turned else 2] if k.shape is not None else None
     if core.mask is not None and not _mask_fits(core.mask, core.q, length):
         return "its mask is not known to broadcast to [b, h, t, s] with all of s"
+    causal = core.mask is not None and same_dim(core.q.shape[2], length) and is_causal(core.mask)
+    mask = None if causal else core.mask
     sources = packed(core.q), packed(k, (0, 2, 3, 1) if turned else (0, 2, 1, 3)), packed(v)
     if all(s is not None for s in sources):
         q3, k3, v3 = (s.value for s in sources if s is not None)
         width = v.shape[3] if v.shape is not None else None
         whole = merged(core.result, q_heads * width) if isinstance(width, int) else None
         if whole is not None:
-            return _Match(q3, k3, v3, core.mask, core.scale, whole, (q_heads, kv_heads))
+            return _Match(q3, k3, v3, mask, core.scale, whole, (q_heads, kv_heads), causal)
     if turned:
         return "k is [b, t, h, d] while the other operands are split"
-    return _Match(core.q, k, v, core.mask, core.scale, core.result, None)
+    return _Match(core.q, k, v, mask, core.scale, core.result, None, causal)
 
 
 def _mask_fits(mask: ir.Value, q: ir.Value, length: object) -> bool:
