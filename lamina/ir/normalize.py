@@ -151,7 +151,7 @@ def _sort(model: ir.Model, source: str) -> None:
 
 
 def _on_cycle(graph: ir.Graph) -> list[ir.Node]:
-    """Nodes that remain when those without unmet inputs are taken away again and again."""
+    """One cycle, in the order of data flow."""
     waiting = {n: {p for p in _producers(n) if p.graph is graph} for n in graph}
     ready = [n for n, needs in waiting.items() if not needs]
     while ready:
@@ -162,7 +162,13 @@ def _on_cycle(graph: ir.Graph) -> list[ir.Node]:
                 waiting[user].discard(node)
                 if not waiting[user]:
                     ready.append(user)
-    return list(waiting)
+    # Each node that is left waits for one that is left: walking backwards must come round.
+    path = list(waiting)[:1]
+    while path and len(set(path)) == len(path):
+        path.append(next((p for p in waiting[path[-1]] if p in waiting), path[-1]))
+    cycle = path[path.index(path[-1]) + 1 :][::-1] if path else []
+    first = min(range(len(cycle)), key=lambda i: list(graph).index(cycle[i]), default=0)
+    return cycle[first:] + cycle[:first]
 
 
 def _producers(node: ir.Node) -> Iterator[ir.Node]:

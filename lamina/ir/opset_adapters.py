@@ -188,6 +188,12 @@ def _grid_sample_mode(node: ir.Node, builder: Builder) -> None:
         node.attributes["mode"] = ir.AttrString("mode", new)
 
 
+def _check_no_scores(node: ir.Node) -> None:
+    # Version 24 writes -inf where version 23 wrote the lowest number into the masked scores it hands out.
+    if len(node.outputs) > 3 and node.outputs[3].name:
+        raise refusal(node, "its qk_matmul_output changed meaning for masked positions")
+
+
 def _refuse_scan(node: ir.Node) -> None:
     raise refusal(node, "version 8 had a batch axis")
 
@@ -305,6 +311,7 @@ ADAPTERS: dict[tuple[str, int], Adapter] = {
         (f"Reduce{kind}", 18): Adapter(_axes_to_input)
         for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
     },
+    ("Attention", 24): Adapter(check=_check_no_scores),
     ("DFT", 20): Adapter(_dft_axis_to_input),
     ("GridSample", 20): Adapter(_grid_sample_mode),
     ("GroupNormalization", 21): Adapter(_group_norm_per_channel, _check_group_norm),
