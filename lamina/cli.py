@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,20 +15,24 @@ import typer
 from lamina.errors import BudgetError, LaminaError
 
 app = typer.Typer(
-    help="A compiler for trained neural networks: a model and a measured budget in, a smaller and faster one out.",
+    help="A compiler for trained neural networks: model and budget in, a smaller and faster model out.",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 Model = Annotated[Path, typer.Argument(help="an ONNX file", show_default=False)]
-Data = Annotated[Path | None, typer.Option(help=".npz with arrays named like the inputs, or a directory of them")]
+Data = Annotated[
+    Path | None, typer.Option(help=".npz with arrays named like the inputs, or a directory of them")
+]
 Metric = Annotated[
     str | None,
     typer.Option(help="top1, perplexity, cross-entropy, spearman, cosine, kl, or module:function"),
 ]
 Target = Annotated[str, typer.Option(help="where the model will run, e.g. ort:cpu?threads=2")]
-Workload = Annotated[str | None, typer.Option(help="shapes that matter and their weights, e.g. '1x128@0.2; 1x1@0.8'")]
+Workload = Annotated[
+    str | None, typer.Option(help="shapes that matter and their weights, e.g. '1x128@0.2; 1x1@0.8'")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="directory for the result")]
 
@@ -42,7 +48,9 @@ def optimize(
     metric: Metric = None,
     target: Target = "ort:cpu",
     workload: Workload = None,
-    transforms: Annotated[str | None, typer.Option(help="comma-separated, e.g. drop,quantize; default all")] = None,
+    transforms: Annotated[
+        str | None, typer.Option(help="comma-separated, e.g. drop,quantize; default all")
+    ] = None,
     minimize: Annotated[str | None, typer.Option(help="latency, size, flops, memory or damage")] = None,
     seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 120.0,
     seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,
@@ -51,11 +59,9 @@ def optimize(
 ) -> None:
     """Make a model smaller and faster within a measured budget."""
     import lamina
-    from lamina.ir.io import make_directory
     from lamina.report.terminal import LiveProgress, result_tables
 
-    make_directory(output)  # before minutes of work, not after
-    with LiveProgress(quiet=as_json) as progress:
+    with _made(output), LiveProgress(quiet=as_json) as progress:
         result = lamina.optimize(
             model,
             budget,
@@ -63,7 +69,9 @@ def optimize(
             metric=metric,
             target=target,
             workload=workload,
-            transforms=None if transforms is None else [t.strip() for t in transforms.split(",") if t.strip()],
+            transforms=None
+            if transforms is None
+            else [t.strip() for t in transforms.split(",") if t.strip()],
             minimize=minimize,
             seconds=seconds,
             seed=seed,
@@ -103,7 +111,9 @@ def compare(
     data: Data = None,
     metric: Metric = None,
     target: Target = "ort:cpu",
-    tolerance: Annotated[float, typer.Option(help="relative to an output's largest magnitude", min=0.0)] = 1e-5,
+    tolerance: Annotated[
+        float, typer.Option(help="relative to an output's largest magnitude", min=0.0)
+    ] = 1e-5,
     as_json: Json = False,
 ) -> None:
     """Say whether two models are the same function; exit code 1 when they are not."""
@@ -135,12 +145,15 @@ def bench(
     """Time models in alternation, each in a process of its own; the first is the 1.0."""
     from lamina.backends import get_backend
     from lamina.backends.backend import Target as TargetSpec
+    from lamina.comparison import same_interface
     from lamina.data import load_data
     from lamina.ir.capture import capture
     from lamina.report.terminal import bench_table
     from lamina.workload import parse_workload
 
     program = capture(models[0])
+    for other in models[1:]:
+        same_interface(program, capture(other))
     aim = TargetSpec.parse(target)
     cases = parse_workload(workload, program, None if data is None else load_data(data, program))
     with get_backend(aim).timer(aim, cases) as timer:
@@ -192,7 +205,9 @@ def analyze(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option("-o", "--output", help="directory for the result")] = Path("lamina-demo"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="directory for the result")] = Path(
+        "lamina-demo"
+    ),
     seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 12.0,
     as_json: Json = False,
 ) -> None:
@@ -212,6 +227,22 @@ def demo(
     )
 
 
+@contextmanager
+def _made(output: Path) -> Iterator[None]:
+    """Make the output directory before minutes of work; a run that fails leaves no new, empty one behind."""
+    from lamina.ir.io import make_directory
+
+    new = [folder for folder in (output, *output.parents) if not folder.exists()]
+    make_directory(output)
+    try:
+        yield
+    except BaseException:
+        for folder in new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def _splits(data: Path | None, selection: Path | None, report: Path | None) -> Any:
     if selection is None and report is None:
         return data
@@ -227,14 +258,14 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, sort_keys=True, default=str))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error is one message and an exit code, never a traceback."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app()
+        app(args=given)
     except LaminaError as error:
-        if "--json" in sys.argv:
-            nearest = list(getattr(error, "nearest", ()))
-            _print_json({"error": type(error).__name__, "message": str(error), "nearest": nearest})
+        if "--json" in given:
+            _print_json(_plain(error))
         else:
             from lamina.report.terminal import error_text
 
@@ -242,6 +273,16 @@ def main() -> None:
         if os.environ.get("LAMINA_TRACEBACK"):
             raise
         sys.exit(error.exit_code)
+
+
+def _plain(error: LaminaError) -> dict[str, Any]:
+    return {
+        "error": type(error).__name__,
+        "what": error.what,
+        "where": error.where,
+        "advice": error.advice,
+        "nearest": list(getattr(error, "nearest", ())),
+    }
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def compare(
         LaminaError: A model or the data cannot be used.
     """
     first, second = capture(a), capture(b)
-    _same_interface(first, second)
+    same_interface(first, second)
     dataset = synthetic(first, 16, 0) if data is None else load_data(data, first)
     aim = Target.parse(target)
     backend = get_backend(aim)
@@ -86,8 +86,16 @@ def compare(
     return Comparison(equal, tolerance, len(dataset), outputs)
 
 
-def _same_interface(first: Program, second: Program) -> None:
-    for what, one, other in (("inputs", first.inputs, second.inputs), ("outputs", first.outputs, second.outputs)):
+def same_interface(first: Program, second: Program) -> None:
+    """Check that two programs take and give the same names and dtypes.
+
+    Raises:
+        DataError: They do not.
+    """
+    for what, one, other in (
+        ("inputs", first.inputs, second.inputs),
+        ("outputs", first.outputs, second.outputs),
+    ):
         if [(p.name, p.dtype) for p in one] != [(p.name, p.dtype) for p in other]:
             raise DataError(
                 f"the models' {what} differ: {[p.name for p in one]} and {[p.name for p in other]}",
@@ -121,7 +129,7 @@ def damage(a: Any, b: Any, *, data: Any, metric: Any, target: str | Target = "or
     from lamina.quality import damage_interval, evaluate, get_metric
 
     first, second = capture(a), capture(b)
-    _same_interface(first, second)
+    same_interface(first, second)
     dataset: Dataset = load_data(data, first)
     chosen, aim = get_metric(metric, first), Target.parse(target)
     chosen.check(dataset)

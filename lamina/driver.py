@@ -11,7 +11,7 @@ from typing import Any
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.budget import Budget
-from lamina.data import load_splits
+from lamina.data import Splits, load_splits
 from lamina.errors import PassError
 from lamina.ir.capture import capture
 from lamina.ir.program import Program
@@ -29,7 +29,7 @@ from lamina.planner.request import Request
 from lamina.planner.search import Candidate, Goal, Search
 from lamina.planner.timing import Stopwatch
 from lamina.progress import Progress
-from lamina.quality import get_metric
+from lamina.quality import Metric, evaluate, get_metric
 from lamina.result import Result, read_plan
 from lamina.workload import parse_workload
 
@@ -87,30 +87,48 @@ def optimize(
     """
     progress = progress or Progress()
     with progress.stage("capture"):
-        program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
-        splits = load_splits(data, program, seed=seed, batch_size=batch_size)
+        # What is a moment to check comes first: a typo must not wait for a large model to load.
         limits = Budget.parse(budget, **bounds)
+        objective = limits.objective(minimize)
         aim = Target.parse(target)
+        backend = get_backend(aim)
         names = tuple(transforms) if transforms is not None else transform_names()
         for name in names:
             get_transform(name)
+        program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+        chosen = get_metric(metric, program)
+        splits = load_splits(data, program, seed=seed, batch_size=batch_size)
+        check_samples(program, splits, chosen)
         request = Request(
             program=program,
             budget=limits,
             splits=splits,
             synthetic_data=data is None,
-            metric=get_metric(metric, program),
+            metric=chosen,
             target=aim,
-            backend=get_backend(aim),
+            backend=backend,
             workload=parse_workload(workload, program, splits.selection),
             transforms=names,
-            minimize=limits.objective(minimize),
+            minimize=objective,
             seconds=seconds,
             seed=seed,
             progress=progress,
         )
     with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
         return _optimize(request, Path(folder))
+
+
+def check_samples(program: Program, splits: Splits, metric: Metric) -> None:
+    """Say before minutes of work whether the metric can score the original on these samples.
+
+    Raises:
+        DataError: The metric misses something, or the original gives NaN or an infinite value.
+    """
+    metric.check(splits.selection)
+    metric.check(splits.report)
+    every_core = Target.parse("ort:cpu")
+    run = get_backend(every_core).compile(program.model, every_core).run
+    evaluate(run, splits.selection, metric, reference_run=run if metric.kind == "divergence" else None)
 
 
 def _optimize(request: Request, folder: Path) -> Result:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,6 +23,7 @@ class LiveProgress(Progress):
 
     def __init__(self, *, quiet: bool = False) -> None:
         super().__init__()
+        console = Console(stderr=True)
         self._bars = RichProgress(
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=30),
@@ -28,8 +31,8 @@ class LiveProgress(Progress):
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True),
-            disable=quiet,
+            console=console,
+            disable=quiet or not console.is_terminal,  # bars in a log file help nobody
         )
         self._tasks: dict[str, Any] = {}
 
@@ -37,8 +40,12 @@ class LiveProgress(Progress):
         """Move a stage's bar; a total of 0 means that the amount of work is not known yet."""
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=None, note="")
-        fields = {"total": total or None, "completed": min(done, total) if total else 0, "note": escape(note)}
-        self._bars.update(self._tasks[stage], **fields)
+        self._bars.update(
+            self._tasks[stage],
+            total=total or None,
+            completed=min(done, total) if total else 0,
+            note=escape(note),
+        )
 
     def __enter__(self) -> LiveProgress:
         self._bars.start()
@@ -51,10 +58,23 @@ class LiveProgress(Progress):
 def result_tables(evidence: Mapping[str, Any], files: Sequence[str]) -> None:
     """Before and after, what was done, how long it took, what was written."""
     console = Console()
+    console.print(_before_and_after(evidence))
+    _met(console, evidence)
+    _moves(console, evidence)
+    _warnings(console, evidence)
+    seconds = ", ".join(f"{k} {v:.1f} s" for k, v in evidence["seconds"].items())
+    console.print(f"[dim]time: {seconds}[/dim]")
+    folder = os.path.commonpath([os.path.dirname(f) or "." for f in files])
+    names = ", ".join(os.path.relpath(f, folder) for f in files)
+    console.print(escape(f"wrote {names} in {folder}"), soft_wrap=True)
+
+
+def _before_and_after(evidence: Mapping[str, Any]) -> Table:
     before, after = evidence["original"], evidence["optimized"]
-    table = Table(title=f"budget {evidence['budget']} on {evidence['target']}", title_justify="left")
-    for name in ("", "original", "optimized", "ratio"):
-        table.add_column(name, justify="left" if not name else "right")
+    table = _table(f"budget {evidence['budget']} on {evidence['target']}")
+    for name in ("", "original", "optimized", "ratio", "spread"):
+        # A number that wraps cannot be read; a long case name may.
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name), overflow="fold")
     for case in evidence["workload"]:
         one, two = before["cases"][case["name"]], after["cases"][case["name"]]
         low, high = case["latency_ratio_spread"]
@@ -62,22 +82,37 @@ def result_tables(evidence: Mapping[str, Any], files: Sequence[str]) -> None:
             f"latency {escape(case['name'])}",
             _seconds(one["median_s"]),
             _seconds(two["median_s"]),
-            f"{case['latency_ratio']:.3f} ({low:.3f} to {high:.3f})",
+            f"{case['latency_ratio']:.3f}",
+            f"{low:.3f} to {high:.3f}",
         )
-    table.add_row("size", _bytes(before["size_bytes"]), _bytes(after["size_bytes"]), f"{evidence['size_ratio']:.3f}")
-    for key, show in (("peak_memory_bytes", _bytes), ("flops", _count), ("parameters", _count)):
-        ratio = after[key] / before[key] if before[key] else 1.0
-        table.add_row(key.replace("_bytes", "").replace("_", " "), show(before[key]), show(after[key]), f"{ratio:.3f}")
+    for key, show in (
+        ("size_bytes", _bytes),
+        ("peak_memory_bytes", _bytes),
+        ("flops", _count),
+        ("parameters", _count),
+    ):
+        ratio = f"{after[key] / before[key]:.3f}" if before[key] else ""
+        table.add_row(key.replace("_bytes", "").replace("_", " "), show(before[key]), show(after[key]), ratio)
+    table.add_row(escape(evidence["metric"]), f"{before['metric']:.5g}", f"{after['metric']:.5g}")
     interval = evidence["damage_ci95"]
-    spread = "" if interval is None else f" ({interval[0]:+.4f} to {interval[1]:+.4f})"
-    damage = f"damage {evidence['damage']:+.4f}{spread}"
-    name = f"{escape(evidence['metric'])}, {evidence['n_report']} report samples"
-    table.add_row(name, f"{before['metric']:.5g}", f"{after['metric']:.5g}", damage)
-    console.print(table)
-    _moves(console, evidence)
-    seconds = ", ".join(f"{k} {v:.1f} s" for k, v in evidence["seconds"].items())
-    console.print(f"[dim]time: {seconds}[/dim]")
-    console.print("wrote " + escape(", ".join(files)))
+    spread = "" if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    table.add_row("damage", "", f"{evidence['damage']:+.4f}", "", spread)
+    return table
+
+
+def _met(console: Console, evidence: Mapping[str, Any]) -> None:
+    predicted, measured = evidence["predicted"], evidence["measured"]
+    for axis, check in evidence["met"].items():
+        word = "[green]met[/green]" if check["met"] else "[red]not met[/red]"
+        reached, allowed = (_AMOUNTS[axis](check[key]) for key in ("reached", "allowed"))
+        console.print(f"{axis} {word}: {reached}, allowed {allowed}", highlight=False)
+    console.print(
+        f"predicted: latency {predicted['latency']:.3f}, damage {predicted['damage']:+.4f}; "
+        f"measured: latency {measured['latency']:.3f}, damage {measured['damage']:+.4f}",
+        highlight=False,
+    )
+    counts = ", ".join(f"{evidence[f'n_{part}']} {part}" for part in ("calibration", "selection", "report"))
+    console.print(f"[dim]samples: {counts}; spread: 10th to 90th percentile, damage 95 % interval[/dim]")
 
 
 def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
@@ -87,10 +122,20 @@ def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
     moves = Counter((m["transform"], m["option"], m["kind"]) for m in evidence["moves"])
     for (transform, option, kind), count in sorted(moves.items()):
         console.print(f"{transform}: {count} x {kind} -> {option}")
-    if evidence["coverage"]["changed_nothing"]:
-        console.print("[yellow]nothing was changed: no option measured faster within the budget[/yellow]")
+    touched = evidence["coverage"]
+    if touched["changed_nothing"]:
+        console.print("[yellow]nothing was changed: no option measured better within the budget[/yellow]")
     elif not moves:
         console.print("no lossy move was taken")
+    else:
+        console.print(
+            f"touched: {touched['time']:.0%} of the time, {touched['bytes']:.0%} of the weight bytes, "
+            f"{touched['operators']:.0%} of the weighted operators",
+            highlight=False,
+        )
+
+
+def _warnings(console: Console, evidence: Mapping[str, Any]) -> None:
     if evidence["synthetic_data"]:
         console.print("[yellow]no data was given: inputs were made up, damage is only an indication[/yellow]")
     if evidence["report_looks"] > 1:
@@ -103,7 +148,7 @@ def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
 def comparison_table(found: Mapping[str, Any]) -> None:
     """One row an output, and the verdict."""
     console = Console()
-    table = Table(title=f"{found['samples']} samples", title_justify="left")
+    table = _table(f"{found['samples']} samples")
     for name in ("output", "max abs", "max rel", "max ulp"):
         table.add_column(name, justify="left" if name == "output" else "right")
     for row in found["outputs"]:
@@ -122,7 +167,7 @@ def comparison_table(found: Mapping[str, Any]) -> None:
 
 def bench_table(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """One row a model and case; ratios are against the first model, round by round."""
-    table = Table(title=f"{target}, isolated processes, in alternation", title_justify="left")
+    table = _table(f"{target}, isolated processes, in alternation")
     for name in ("model", "case", "median", "minimum", "spread", "ratio"):
         table.add_column(name, justify="left" if name in ("model", "case") else "right")
     for row in rows:
@@ -143,7 +188,7 @@ def analysis_table(found: Mapping[str, Any]) -> None:
     for part in ("branches", "operators"):
         rows = found[part]
         names = sorted({m for row in rows for m in row["metrics"]})
-        table = Table(title=f"{len(rows)} {part}", title_justify="left")
+        table = _table(f"{len(rows)} {part}")
         for name in ("name", "kind", "parameters", "flops", "latency", *names):
             table.add_column(name, justify="left" if name in ("name", "kind") else "right")
         shown = rows if part == "branches" else sorted(rows, key=lambda r: -r["flops"])[:20]
@@ -151,7 +196,12 @@ def analysis_table(found: Mapping[str, Any]) -> None:
             latency = "" if row["latency_s"] is None else _seconds(row["latency_s"])
             values = [f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "" for n in names]
             table.add_row(
-                escape(row["name"]), row["kind"], _count(row["parameters"]), _count(row["flops"]), latency, *values
+                escape(row["name"]),
+                row["kind"],
+                _count(row["parameters"]),
+                _count(row["flops"]),
+                latency,
+                *values,
             )
         console.print(table)
 
@@ -159,7 +209,13 @@ def analysis_table(found: Mapping[str, Any]) -> None:
 def error_text(error: LaminaError) -> None:
     """One error, plainly, on standard error."""
     console = Console(stderr=True)
-    console.print(f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}", highlight=False)
+    console.print(
+        f"[bold red]{type(error).__name__}[/bold red]: {escape(str(error))}", highlight=False, soft_wrap=True
+    )
+
+
+def _table(title: str) -> Table:
+    return Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
 
 
 def _seconds(value: float) -> str:
@@ -175,3 +231,12 @@ def _count(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.2f} {suffix}"
     return f"{value:.0f}"
+
+
+_AMOUNTS: Mapping[str, Callable[[float], str]] = {
+    "latency": _seconds,
+    "size": _bytes,
+    "memory": _bytes,
+    "flops": _count,
+    "drop": lambda value: f"{value:+.4f}",
+}
