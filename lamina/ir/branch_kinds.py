@@ -57,7 +57,8 @@ def _mixes_by_softmax(view: GraphView, position: int) -> bool:
 
 def _behind(view: GraphView, value: ir.Value | None, wanted: frozenset[str], limit: int) -> int | None:
     """The nearest node of a wanted type that makes ``value``, through scaling, masking and reshaping."""
-    pending, seen = [value], set()
+    pending: list[ir.Value | None] = [value]
+    seen: set[int] = set()
     while pending and len(seen) < limit:
         current = pending.pop(0)
         position = None if current is None else view.producer.get(current)
@@ -86,9 +87,9 @@ def scope_path(view: GraphView, members: Iterable[int]) -> str:
     if not paths:
         return ""
     common = paths[0]
-    for path in paths[1:]:
+    for other in paths[1:]:
         n = 0
-        while n < min(len(common), len(path)) and common[n] == path[n]:
+        while n < min(len(common), len(other)) and common[n] == other[n]:
             n += 1
         common = common[:n]
     return ".".join(common)

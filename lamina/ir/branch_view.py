@@ -271,7 +271,8 @@ class GraphView:
         start = self.producer[output]
         if self.readers.get(output) or self.nodes[start].op_type not in _MOVES:
             return
-        tail, heap = set(), [-start]
+        tail: set[int] = set()
+        heap = [-start]
         while heap and len(tail) < 32:
             position = -heapq.heappop(heap)
             node = self.nodes[position]
@@ -343,6 +344,6 @@ def _of_graph(values: Iterable[ir.Value], graph: ir.Graph) -> Iterator[ir.Value]
 
 
 def _at_home(value: ir.Value, graph: ir.Graph) -> bool:
-    if value.name in graph.initializers and graph.initializers[value.name] is value:
+    if value.name and graph.initializers.get(value.name) is value:
         return True
     return value.is_graph_input() and value.graph is graph

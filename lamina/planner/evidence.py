@@ -66,7 +66,7 @@ def evidence(
         "damage": verdict.damage,
         "damage_ci95": None if verdict.interval is None else list(verdict.interval),
         "n_calibration": request.splits.calibration.samples,
-        "n_selection": request.splits.selection.samples,
+        "n_selection": candidate.score.samples,
         "n_report": request.splits.report.samples,
         "report_looks": verdict.looks,
         "synthetic_data": request.synthetic_data,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,13 +26,15 @@ from lamina.planner.pricing import build_costs
 from lamina.planner.realize import Realized, realize
 from lamina.planner.request import Request
 from lamina.planner.space import Genome, Space, build_space
-from lamina.planner.supergraph import build_supergraph
+from lamina.planner.supergraph import Supergraph, build_supergraph
 from lamina.planner.timing import Stopwatch
 from lamina.quality import get_metric
 from lamina.quality.divergence import Divergence
 
 # Samples that activation ranges are taken from.
 MOST_CALIBRATION = 128
+# Selection samples that are used however long they take.
+LEAST_SELECTION = 200
 
 
 @dataclass
@@ -89,8 +92,27 @@ def sensitivity(request: Request, prepared: Prepared) -> tuple[Evaluator, list[l
     supergraph = build_supergraph(prepared.costs.space)
     every_core = Target.parse("ort:cpu")
     supergraph.executable = get_backend(every_core).compile(supergraph.model, every_core)
-    evaluator = Evaluator(supergraph, request.splits.selection, request.metric)
+    evaluator = Evaluator(supergraph, selection_rows(request, supergraph), request.metric)
     return evaluator, _single_damages(request, prepared, evaluator)
+
+
+def selection_rows(request: Request, supergraph: Supergraph) -> Dataset:
+    """The selection samples candidates are judged on: as many as the time allows, spread over all of them.
+
+    A candidate's full score may cost a twentieth of the time, so that at least twenty can be judged.
+    """
+    selection = request.splits.selection
+    first = next(iter(selection.batches()))
+    nothing = supergraph.space.nothing
+    supergraph.run(nothing, first.inputs)
+    start = time.perf_counter()
+    supergraph.run(nothing, first.inputs)
+    seconds = (time.perf_counter() - start) / max(first.samples, 1)
+    fit = int(0.05 * request.seconds / max(seconds, 1e-9))
+    count = int(np.clip(fit, min(LEAST_SELECTION, selection.samples), selection.samples))
+    if count == selection.samples:
+        return selection
+    return selection.rows(np.linspace(0, selection.samples - 1, count).astype(np.int64))
 
 
 def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch) -> tuple[Costs, CostResult]:
@@ -185,7 +207,7 @@ def _single_damages(request: Request, prepared: Prepared, evaluator: Evaluator) 
             where.append((i, k))
     if not genomes:
         return []
-    selection = request.splits.selection
+    selection = evaluator.selection
     evaluator.score(space.nothing, 1)
     per_batch = evaluator.run_seconds / max(evaluator.runs, 1)
     batches = int(np.clip(0.25 * request.seconds / max(per_batch * len(genomes), 1e-9), 1, 4))
