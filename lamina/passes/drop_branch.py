@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from lamina.errors import PassError
 from lamina.ir.branch_view import state_behind
-from lamina.ir.branches import Branch, BranchesResult, find_branches, sum_output
+from lamina.ir.branches import Branch, find_branches, sum_output
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Need, Option, Refusal, Site, Transform
@@ -124,7 +124,7 @@ def apply_drops(program: Program, names: Sequence[str]) -> Program:
     for name in names:
         if name not in sites:
             raise _unknown(name, sites, transform, program)
-    chosen = _outermost(find_branches(program), set(names))
+    chosen = [name for name in sites if name in set(names)]  # trap: a later drop may rename an earlier sum
     clone = program.clone()
     rewriter = Rewriter(clone.model)
     for name in chosen:
@@ -143,18 +143,6 @@ def _drop(transform: DropBranch, site: Site, option: Option, rewriter: Rewriter)
     for name, value in zip(site.outputs, emitted, strict=True):
         rewriter.replace_uses(outputs[name], value)
     rewriter.record(transform.name, site.name, "branch dropped: the sum is its skip")
-
-
-def _outermost(found: BranchesResult, names: set[str]) -> list[str]:
-    parent = {b.name: b.parent for b in found.branches}
-    chosen = []
-    for branch in found.branches:
-        above = branch.parent
-        while above is not None and above not in names:
-            above = parent[above]
-        if branch.name in names and above is None:
-            chosen.append(branch.name)
-    return chosen
 
 
 def _unknown(name: str, sites: Iterable[str], transform: DropBranch, program: Program) -> PassError:

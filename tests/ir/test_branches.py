@@ -391,6 +391,43 @@ def test_mask_of_the_shape_of_the_scores_is_not_a_skip():
     assert mask.name not in {b.skip for b in branches}
 
 
+def test_positions_added_again_after_a_projection_are_not_a_skip():
+    """The positions reach the projection through the residual stream, past other branches: not a shortcut."""
+    net = Net()
+    positions = net.input("positions", ["batch", "seq", WIDTH])
+    x = net.op("Add", tokens(net), positions)
+    x = net.op("Add", x, net.mlp(net.norm(x)))
+    x = net.op("Add", x, net.op("Relu", net.op("Add", net.linear(net.norm(x)), positions)))
+    branches = find_branches(net.program(x)).branches
+    assert positions.name not in {b.skip for b in branches}
+    assert [b.parent for b in branches] == [None, None]
+
+
+def test_mixture_of_experts_is_one_branch():
+    """The experts are summed, but share a router with weights."""
+    net = Net()
+    x = tokens(net)
+    n = net.norm(x)
+    gates = net.op("Split", net.op("Softmax", net.linear(n, 2), axis=-1), outputs=2, axis=-1, num_outputs=2)
+    experts = [net.op("Mul", gate, net.mlp(n)) for gate in gates]
+    (branch,) = find_branches(net.program(net.op("Add", x, net.op("Add", *experts)))).branches
+    assert (branch.joint, branch.skip, branch.kind) == (None, x.name, "mlp")
+
+
+def test_tables_cut_to_length_are_ambient_in_a_single_layer():
+    """Nobody else reads them, yet they do not depend on what the branch computes."""
+    net = Net()
+    x = tokens(net)
+    length = net.op("Shape", x, start=1, end=2)
+    table = net.array(np.zeros((9, 9), np.float32), "table")
+    rows = net.op("Slice", table, net.ints(0), length, net.ints(0))
+    mask = net.op("Slice", rows, net.ints(0), length, net.ints(1))
+    out = net.op("Add", x, net.attention(net.norm(x), mask=mask))
+    (branch,) = find_branches(net.program(out)).branches
+    assert mask.name in branch.ambient
+    assert not any("slice" in n or "shape" in n.split("_")[1:] for n in branch.nodes)
+
+
 def test_two_linear_paths_are_not_a_projection():
     """W x + V x has neither a body nor a shortcut; a re-parameterizable pair of convolutions likewise."""
     net = Net()

@@ -347,6 +347,20 @@ def test_emit_reads_the_skip_as_it_is_now_and_adds_nothing():
     assert len(clone.graph) == count
 
 
+def test_emit_survives_swapped_operands():
+    program = transformer(layers=1)
+    site = list(sites(program).values())[0]
+    (option,) = DropBranch().options(site, program, None, None)
+    clone = program.clone()
+    nodes = {n: Rewriter(clone.model).node(n) for n in site.nodes}
+    add = nodes[site.nodes[-1]]
+    first, second = add.inputs
+    add.replace_input_with(0, second)
+    add.replace_input_with(1, first)
+    (kept,) = DropBranch().emit(site, option, Rewriter(clone.model), nodes)
+    assert kept.name == site.inputs[0]
+
+
 def test_second_run_finds_only_what_is_left():
     program = transformer()
     names = list(sites(program))
