@@ -349,7 +349,7 @@ def test_emit_reads_the_skip_as_it_is_now_and_adds_nothing():
 
 def test_emit_survives_swapped_operands():
     program = transformer(layers=1)
-    site = list(sites(program).values())[0]
+    site = next(iter(sites(program).values()))
     (option,) = DropBranch().options(site, program, None, None)
     clone = program.clone()
     nodes = {n: Rewriter(clone.model).node(n) for n in site.nodes}
