@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 import pytest
-from reference import models_dir, needs_reference
+from reference import models_dir, needs_reference, zoo_dir
 from residual_nets import HEADS, WIDTH, Net, image, keeping, run, session_of, switched, text_of, tokens
 
 from lamina.errors import PassError
 from lamina.ir.branches import find_branches
+from lamina.ir.capture import capture
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.drop_branch import DropBranch, apply_drops
@@ -268,6 +269,19 @@ def test_minilm_first_and_last_layer():
     feeds["attention_mask"][0, 5:] = 0
     names = list(sites(program))
     assert_drops_are_zeros(program, [names[:1], names[-2:]], feeds)
+
+
+@pytest.mark.skipif(not zoo_dir.is_dir(), reason="zoo absent: set LAMINA_REFERENCE")
+@pytest.mark.parametrize("model", ["fastestdet", "gtcrn_simple", "ppocr_v2_cls", "ultraface_rfb320"])
+def test_models_made_by_others(model):
+    """Projections, U-Net skips around each other with streaming state, weights in Constant nodes."""
+    program = capture(zoo_dir / f"{model}.onnx")
+    names = list(sites(program))
+    sizes = {k: v.shape for k, v in program.example.items()}
+    sizes["x"] = (1, 3, 48, 64)  # ppocr states no size at all
+    feeds = {p.name: RANDOM.standard_normal(sizes[p.name]).astype(np.float32) for p in program.inputs}
+    results = assert_drops_are_zeros(program, [[n] for n in names[:3]], feeds)
+    assert all(len(r.graph) < len(program.graph) for r in results)
 
 
 # -- what leaves ----------------------------------------------------------------------------------------
