@@ -67,14 +67,17 @@ def canonical(name: str) -> str:
     return label
 
 
-@cache
 def load(name: str) -> Fold:
     """The fold called ``name``, with its default options; its module is imported now.
 
     Raises:
         PassError: No fold is called that.
     """
-    label = canonical(name)
+    return _load(canonical(name))
+
+
+@cache
+def _load(label: str) -> Fold:
     module = import_module(f"lamina.passes.fold.{label}")
     found: Fold = getattr(module, label.title().replace("_", ""))()
     return found

@@ -26,12 +26,11 @@ class _Match:
 class ComposeProjections(LocalFold):
     """Save a projection of single-head attention: matrix products associate.
 
-    P (x V) O = P (x (V O)), and (x Q) (y K)^T = (x (Q K^T)) y^T: one weight instead of two. With several heads
-    the product of one head's pair would be as wide as the model, so only the unsplit case pays.
+    P (x V) O = P (x (V O)), and (x Q) (y K)^T = (x (Q K^T)) y^T: one weight instead of two. With several
+    heads the product of one head's pair would be as wide as the model, so only the unsplit case pays.
 
     Fires: float32; both weights constant matrices; nothing but the one activation product, or the
-    transposition of k, between them; the composed matrix is no larger than the two, nor wider than the
-    inner width.
+    transposition of k, between them; the composed matrix no larger than the two, its width no wider.
     Refuses: a bias between the two; an intermediate value read elsewhere; a composed matrix that costs more.
     Effect: Rounding; the weights are multiplied in float64 and rounded once.
     Cost: O(MatMul nodes) and one small matrix product a match.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import LocalFold, attribute, is_op, rank_of, scalar, sole_consumer, substitute
-from lamina.passes.fold.heads import merged, packed, permutation, same_dim, same_dims, unrepeated
+from lamina.passes.fold.heads import dimension, merged, packed, permutation, same_dim, same_dims, unrepeated
 from lamina.passes.fold.masks import is_causal
 from lamina.passes.pass_ import Effect, Rounding
 
@@ -24,6 +25,7 @@ class _Match:
     result: ir.Value
     heads: tuple[int, int] | None  # None: the operands are [b, h, t, d]
     causal: bool = False
+    rows: ir.Value | None = None  # a value whose dimension 2 is t
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class FuseAttention(LocalFold):
 
     def rewrite(self, node: ir.Node, match: Any, rewriter: Rewriter) -> None:
         """Write the operator in place of the last product, or of what puts its heads together."""
-        inputs = [match.q, match.k, match.v] + ([match.mask] if match.mask is not None else [])
+        inputs = [match.q, match.k, match.v]
+        if match.mask is not None:
+            inputs.append(_whole_mask(match, rewriter.at(match.result.producer())))
         attributes: dict[str, Any] = {"scale": match.scale}
         if match.causal:
             attributes["is_causal"] = 1
@@ -183,10 +187,25 @@ def _many_heads(core: _Core) -> _Match | str:
         width = v.shape[3] if v.shape is not None else None
         whole = merged(core.result, q_heads * width) if isinstance(width, int) else None
         if whole is not None:
-            return _Match(q3, k3, v3, mask, core.scale, whole, (q_heads, kv_heads), causal)
+            return _Match(q3, k3, v3, mask, core.scale, whole, (q_heads, kv_heads), causal, core.q)
     if turned:
         return "k is [b, t, h, d] while the other operands are split"
-    return _Match(core.q, k, v, mask, core.scale, core.result, None, causal)
+    return _Match(core.q, k, v, mask, core.scale, core.result, None, causal, core.q)
+
+
+def _whole_mask(match: _Match, rewriter: Rewriter) -> ir.Value:
+    """The mask with all of t: ONNX Runtime does not broadcast that dimension, as the operator allows."""
+    mask = match.mask
+    assert mask is not None
+    assert mask.shape is not None
+    if match.rows is None or mask.shape[-2] != 1:
+        return mask
+    one = rewriter.constant(np.array([1], np.int64), "lamina_mask_one")
+    rows = dimension(rewriter, match.rows, 2)
+    size = rewriter.op("Concat", [rows, one], {"axis": 0}, dtype=ir.DataType.INT64)
+    assert match.rows.shape is not None
+    shape = ir.Shape([*mask.shape[:-2], match.rows.shape[2], mask.shape[-1]])
+    return rewriter.op("Expand", [mask, size], dtype=mask.dtype, shape=shape)
 
 
 def _mask_fits(mask: ir.Value, q: ir.Value, length: object) -> bool:

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import LocalFold, constant, is_op, sole_consumer, substitute
-from lamina.passes.fold.heads import packed, same_dim, same_dims
+from lamina.passes.fold.heads import dimension, packed, same_dim, same_dims
 from lamina.passes.pass_ import Effect, Rounding
 
 
@@ -64,8 +64,8 @@ class FuseRotary(LocalFold):
         """Write the operator on the unsplit tensor where there is one, else on the split one."""
         x, result, where = match.x, match.result, match.result.producer().name
         rewriter.at(match.result.producer())
-        batch = _batch(x, rewriter)
-        tables = [_per_batch(v, batch, rewriter) for v in (match.cos, match.sin)]
+        batch = dimension(rewriter, x, 0)
+        tables = [_per_batch(v, batch, x.shape[0], rewriter) for v in (match.cos, match.sin)]
         source = packed(x)
         if source is None:
             substitute(rewriter, result, "RotaryEmbedding", [x, *tables], {"interleaved": 1})
@@ -148,22 +148,9 @@ def _unfit(x: ir.Value, cos: ir.Value, sin: ir.Value, result: ir.Value) -> str |
     return None
 
 
-def _batch(x: ir.Value, rewriter: Rewriter) -> ir.Value:
-    """The batch size as a one-element tensor, read off an interface input where one has that dimension."""
-    dim = x.shape[0] if x.shape is not None else None
-    if isinstance(dim, int):
-        return rewriter.constant(np.array([dim], np.int64), "lamina_rotary_batch")
-    # A Shape of the first layer's activation would keep that layer alive after a later pass drops it.
-    for value in rewriter.graph.inputs:
-        for i, other in enumerate(value.shape or ()):
-            if same_dim(dim, other):
-                return rewriter.op("Shape", [value], {"start": i, "end": i + 1}, dtype=ir.DataType.INT64)
-    return rewriter.op("Shape", [x], {"start": 0, "end": 1}, dtype=ir.DataType.INT64)
-
-
-def _per_batch(table: ir.Value, batch: ir.Value, rewriter: Rewriter) -> ir.Value:
+def _per_batch(table: ir.Value, batch: ir.Value, dim: Any, rewriter: Rewriter) -> ir.Value:
     """[t, d/2] -> [b, t, d/2], the layout the operator wants without position ids."""
     rest = rewriter.constant(np.array([1, 1], np.int64), "lamina_rotary_ones")
     shape = rewriter.op("Concat", [batch, rest], {"axis": 0}, dtype=ir.DataType.INT64)
-    dims = None if table.shape is None else ir.Shape([None, *table.shape])
+    dims = None if table.shape is None else ir.Shape([dim, *table.shape])
     return rewriter.op("Expand", [table, shape], dtype=table.dtype, shape=dims)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
+from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import attribute, constant, is_op, sole_consumer
 
 _SWAP = (0, 2, 1, 3)
@@ -101,3 +103,20 @@ def _repeats(source: ir.Value, expanded: ir.Value, result: ir.Value) -> bool:
     pairs = ((0, 0), (1, 1), (2, 3), (3, 4))
     kept = all(same_dim(source.shape[i], expanded.shape[j]) for i, j in pairs)
     return kept and heads == groups * times and same_dims(source, result, (0, 2, 3))
+
+
+def dimension(rewriter: Rewriter, value: ir.Value, axis: int) -> ir.Value:
+    """The size of one dimension as a one-element tensor, at the rewriter's anchor.
+
+    It is read off an interface input where one has that dimension: read off an activation, it would keep the
+    layer that gives the activation alive after a later pass drops it.
+    """
+    dim = None if value.shape is None else value.shape[axis]
+    if isinstance(dim, int):
+        return rewriter.constant(np.array([dim], np.int64), "lamina_dimension")
+    source, at = value, axis
+    for port in rewriter.graph.inputs:
+        for i, other in enumerate(port.shape or ()):
+            if same_dim(dim, other):
+                source, at = port, i
+    return rewriter.op("Shape", [source], {"start": at, "end": at + 1}, dtype=ir.DataType.INT64)
