@@ -61,7 +61,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def tiny(budget: str, **options: Any) -> lamina.Result:
     given = {"data": tiny_data(), "metric": "top1", "seconds": 1, "target": "ort:cpu?threads=1"} | options
-    return lamina.optimize(tiny_model(), budget, **given)
+    return lamina.optimize(tiny_model(), budget, workload="16", **given)
 
 
 def test_result_json_has_the_stable_keys(digits):
@@ -83,7 +83,9 @@ def test_figures_are_those_of_the_files(digits):
     assert evidence["size_ratio"] <= 0.6
     assert evidence["damage"] <= 0.03
     assert all(check["met"] for check in evidence["met"].values())
-    assert evidence["n_calibration"] + evidence["n_selection"] + evidence["n_report"] == 897
+    # The search may judge on fewer selection samples than there are; report samples are never thinned out.
+    assert evidence["n_report"] == 359
+    assert 0 < evidence["n_calibration"] + evidence["n_selection"] <= 897 - 359
     assert evidence["moves"]
     assert not evidence["coverage"]["changed_nothing"]
 
@@ -193,7 +195,7 @@ def test_impossible_budget_names_the_nearest_plans():
 def test_metric_of_ones_own_as_function_and_as_text(tmp_path, monkeypatch):
     (tmp_path / "own_metric.py").write_text(
         "def accuracy(outputs, data):\n"
-        "    return float((outputs['logits'].argmax(axis=1) == data.extras['labels']).mean())\n"
+        "    return float((outputs['logits'].argmax(axis=1) == data['labels']).mean())\n"
     )
     monkeypatch.chdir(tmp_path)
     named = tiny("size<=0.5x, drop<=5%", metric="own_metric:accuracy").evidence
@@ -201,7 +203,7 @@ def test_metric_of_ones_own_as_function_and_as_text(tmp_path, monkeypatch):
     assert named["original"]["metric"] == 1.0
 
     def negative_loss(outputs: Any, data: Any) -> float:
-        return -float((outputs["logits"].argmax(axis=1) != data.extras["labels"]).mean())
+        return -float((outputs["logits"].argmax(axis=1) != data["labels"]).mean())
 
     called = tiny("size<=0.5x", metric=negative_loss).evidence
     assert called["metric"] == "negative_loss"
@@ -211,7 +213,7 @@ def test_metric_of_ones_own_as_function_and_as_text(tmp_path, monkeypatch):
 def test_torch_module(tmp_path):
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    module = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4)).eval()
+    module = torch.nn.Sequential(torch.nn.Linear(16, 512), torch.nn.ReLU(), torch.nn.Linear(512, 4)).eval()
     weights = {k: v.clone() for k, v in module.state_dict().items()}
     example = torch.randn(2, 16)
     result = lamina.optimize(

@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-FEATURES, WIDTH, CLASSES = 16, 64, 4
+FEATURES, WIDTH, CLASSES = 16, 512, 4
 
 
 def tiny_model(*, domain: str = "", bad_weight: float | None = None) -> onnx.ModelProto:

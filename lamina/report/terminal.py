@@ -17,6 +17,11 @@ from rich.table import Table
 from lamina.errors import LaminaError
 from lamina.progress import Progress
 
+# Operators the analysis prints: the rest costs next to nothing and is in --json.
+SHOWN_OPERATORS = 20
+# Metric columns beside a name in 80 columns.
+METRICS_A_TABLE = 3
+
 
 class LiveProgress(Progress):
     """Draws each stage as a bar with an estimate, on standard error."""
@@ -106,13 +111,11 @@ def _met(console: Console, evidence: Mapping[str, Any]) -> None:
         word = "[green]met[/green]" if check["met"] else "[red]not met[/red]"
         reached, allowed = (_AMOUNTS[axis](check[key]) for key in ("reached", "allowed"))
         console.print(f"{axis} {word}: {reached}, allowed {allowed}", highlight=False)
-    console.print(
-        f"predicted: latency {predicted['latency']:.3f}, damage {predicted['damage']:+.4f}; "
-        f"measured: latency {measured['latency']:.3f}, damage {measured['damage']:+.4f}",
-        highlight=False,
-    )
+    pairs = (f"{k} {predicted[k]:.3f} -> {measured[k]:.3f}" for k in ("latency", "damage"))
+    console.print(f"predicted -> measured: {', '.join(pairs)}", highlight=False)
     counts = ", ".join(f"{evidence[f'n_{part}']} {part}" for part in ("calibration", "selection", "report"))
-    console.print(f"[dim]samples: {counts}; spread: 10th to 90th percentile, damage 95 % interval[/dim]")
+    console.print(f"[dim]samples: {counts}[/dim]")
+    console.print("[dim]spread: 10th to 90th percentile of the rounds; of damage, 95 % interval[/dim]")
 
 
 def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
@@ -183,27 +186,42 @@ def bench_table(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def analysis_table(found: Mapping[str, Any]) -> None:
-    """Branches with what they cost and their metrics, then operators by FLOPs."""
+    """Branches and operators with what they cost, then the metrics of branches."""
     console = Console()
     for part in ("branches", "operators"):
         rows = found[part]
-        names = sorted({m for row in rows for m in row["metrics"]})
-        table = _table(f"{len(rows)} {part}")
-        for name in ("name", "kind", "parameters", "flops", "latency", *names):
-            table.add_column(name, justify="left" if name in ("name", "kind") else "right")
-        shown = rows if part == "branches" else sorted(rows, key=lambda r: -r["flops"])[:20]
+        shown = rows if part == "branches" else sorted(rows, key=lambda r: -r["flops"])[:SHOWN_OPERATORS]
+        more = "" if len(shown) == len(rows) else f", the {len(shown)} with the most FLOPs"
+        table = _table(f"{len(rows)} {part}{more}")
+        for name in ("name", "kind", "parameters", "flops", "latency"):
+            _column(table, name)
         for row in shown:
             latency = "" if row["latency_s"] is None else _seconds(row["latency_s"])
-            values = [f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "" for n in names]
-            table.add_row(
-                escape(row["name"]),
-                row["kind"],
-                _count(row["parameters"]),
-                _count(row["flops"]),
-                latency,
-                *values,
-            )
+            costs = _count(row["parameters"]), _count(row["flops"]), latency
+            table.add_row(escape(row["name"]), escape(row["kind"]), *costs)
         console.print(table)
+        _metrics(console, part, shown)
+
+
+def _metrics(console: Console, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Metrics in tables of their own: beside the costs they would not fit a terminal."""
+    names = sorted({m for row in rows for m in row["metrics"]})
+    for start in range(0, len(names), METRICS_A_TABLE):
+        chosen = names[start : start + METRICS_A_TABLE]
+        table = _table(f"metrics of {part}")
+        for name in ("name", *chosen):
+            _column(table, name)
+        for row in rows:
+            values = (f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "" for n in chosen)
+            table.add_row(escape(row["name"]), *values)
+        console.print(table)
+
+
+def _column(table: Table, name: str) -> None:
+    words = name in ("name", "kind")
+    table.add_column(
+        name, justify="left" if words else "right", overflow="fold", min_width=None if words else 8
+    )
 
 
 def error_text(error: LaminaError) -> None:
