@@ -135,18 +135,20 @@ class Rewriter:
         An interface output keeps its name: an Identity carries it when ``new`` cannot be renamed.
         """
         kept = set(keep)
+        shared = bool(new.uses())  # others know it by its name: it cannot take an output's
         for use in tuple(old.uses()):
             if use.node not in kept:
                 use.node.replace_input_with(use.idx, new)
         for i, output in enumerate(self.graph.outputs):
             if output is old:
-                self._move_output(i, old, new)
+                self._move_output(i, old, new, shared)
 
-    def _move_output(self, index: int, old: ir.Value, new: ir.Value) -> None:
+    def _move_output(self, index: int, old: ir.Value, new: ir.Value, shared: bool) -> None:
         name, shape, kind = old.name, old.shape, old.type
         old.name = self.fresh(f"{name}_before")
         carrier = new
-        if new.is_graph_input() or new.is_initializer() or new.is_graph_output() or new.producer() is None:
+        outside = new.is_graph_input() or new.is_initializer() or new.producer() is None
+        if shared or outside or new.is_graph_output():
             anchor, self._anchor = self._anchor, None
             carrier = self.op("Identity", [new], name=f"{name}_identity")
             self._anchor = anchor

@@ -101,3 +101,15 @@ def test_running_an_uncompiled_supergraph_says_so() -> None:
     space = toy_space(toy_program())
     with pytest.raises(BackendError, match="not compiled"):
         build_supergraph(space).run(space.nothing, {})
+
+
+def test_moves_apply_in_any_order() -> None:
+    program = toy_program()
+    space = toy_space(program, Cut())
+    moves = space.moves(space.uniform("drop"))
+    x = np.random.default_rng(2).normal(size=(3, 8)).astype(np.float32)
+    for order in (moves, moves[::-1]):
+        applied = apply_moves(program, order)
+        assert [p.name for p in applied.outputs] == ["y"]
+        found = get_backend(TARGET).compile(applied.model, TARGET).run({"x": x})["y"]
+        np.testing.assert_array_equal(found, np.maximum(x, 0))

@@ -19,6 +19,7 @@ FOLDS: tuple[str, ...] = (
     "fold_constants",
     "simplify_patterns",
     "drop_redundant_relu",
+    "chain_residual_sums",
     "deduplicate_initializers",
     "merge_common_subexpressions",
     "remove_unused",
