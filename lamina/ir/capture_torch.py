@@ -168,6 +168,8 @@ def _complete(dynamic_shapes: Any, bound: dict[str, Any]) -> Any:
 def _trace(
     module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: Any, source: str
 ) -> torch.export.ExportedProgram:
+    # trap: a failed export leaves its dynamic marks on the tensors it was given
+    args, kwargs = torch.utils._pytree.tree_map(_fresh, (args, kwargs))
     if names is not None:
         args, kwargs = _widen(args, kwargs, names, list(inspect.signature(module.forward).parameters))
     try:
@@ -180,6 +182,10 @@ def _trace(
             advice="check that the example inputs run, replace control flow that depends on values by "
             "torch.cond or torch.where, state fewer dynamic_shapes, or export it yourself and pass the file",
         ) from error
+
+
+def _fresh(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _dims(names: Any) -> Any:

@@ -91,7 +91,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
 
 
 def serialized_size(model: ir.Model) -> int:
-    """Bytes of the file or files :func:`save_model` would write, without writing or copying weights."""
+    """Bytes of the files :func:`save_model` would write as ``model.onnx``, without copying weights."""
     if _weight_bytes(model) > EXTERNAL_ABOVE:
         clone, tensors = _externalized(model, "model.onnx.data")
         end = max((t.offset or 0) + (t.length or 0) for t, _ in tensors)

@@ -49,6 +49,7 @@ def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
     _tidy_interface(model, source)
     _trim_outputs(model.graph)
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(_imports(model)), 4)
+    _leave_deprecated(model)
     check_valid(model, source)
     infer_shapes(model)
 
@@ -257,6 +258,17 @@ def _tidy_interface(model: ir.Model, source: str) -> None:
             value.shape = ir.Shape([None if isinstance(d, int) and d < 0 else d for d in value.shape])
 
 
+def _leave_deprecated(model: ir.Model) -> None:
+    """GroupNormalization of opset 18 to 20 was withdrawn with 21: onnx's checker refuses it since."""
+    if 18 <= model.opset_imports[""] < 21 and any(_is_group_norm(n) for n in model.graph.all_nodes()):
+        infer_shapes(model)
+        opset.raise_opset(model, 21)
+
+
+def _is_group_norm(node: ir.Node) -> bool:
+    return node.op_type == "GroupNormalization" and node.domain == ""
+
+
 def _trim_outputs(graph: ir.Graph) -> None:
     """Drop trailing omitted optional outputs."""
     for node in graph.all_nodes():
@@ -274,6 +286,9 @@ def check_valid(model: ir.Model, source: str) -> None:
         CaptureError: The checker objects; its message is passed on.
     """
     proto, _ = skeleton(model)
+    for port in (*proto.graph.input, *proto.graph.output):
+        if port.type.HasField("tensor_type"):
+            port.type.tensor_type.shape.SetInParent()  # the checker insists on one; runtimes infer it
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:

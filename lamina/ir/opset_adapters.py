@@ -286,6 +286,7 @@ def _group_norm_per_channel(node: ir.Node, builder: Builder) -> None:
 # (operator, the version whose definition it moves to) -> what to do.
 ADAPTERS: dict[tuple[str, int], Adapter] = {
     ("BatchNormalization", 9): Adapter(_drop_spatial, _check_spatial),
+    ("Upsample", 9): Adapter(),  # scales became an input; the next step takes either
     ("Scan", 9): Adapter(check=_refuse_scan),
     ("Dropout", 10): Adapter(check=_check_no_mask),
     ("Slice", 10): Adapter(_slice_to_inputs),
