@@ -135,7 +135,8 @@ class Rewriter:
         An interface output keeps its name: an Identity carries it when ``new`` cannot be renamed.
         """
         kept = set(keep)
-        shared = bool(new.uses())  # others know it by its name: it cannot take an output's
+        # Others know it by its name, so it cannot take an output's; the node it replaces does not count.
+        shared = any(use.node is not old.producer() for use in new.uses())
         for use in tuple(old.uses()):
             if use.node not in kept:
                 use.node.replace_input_with(use.idx, new)
