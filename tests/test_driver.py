@@ -140,10 +140,10 @@ def test_shipped_files_are_not_touched(digits):
 def test_model_and_data_given_are_unchanged():
     model, data = tiny_model(), tiny_data()
     bytes_before, copies = model.SerializeToString(deterministic=True), {k: v.copy() for k, v in data.items()}
-    result = lamina.optimize(model, "drop<=5%", data=data, metric="top1", seconds=1)
+    result = lamina.optimize(model, "size<=0.6x", data=data, metric="top1", seconds=1)
     assert model.SerializeToString(deterministic=True) == bytes_before
     assert all((data[k] == copies[k]).all() for k in data)
-    assert result.evidence["damage"] <= 0.05
+    assert result.evidence["size_ratio"] <= 0.6
 
 
 def test_size_alone_takes_the_least_damage():
@@ -153,29 +153,39 @@ def test_size_alone_takes_the_least_damage():
     assert {m["transform"] for m in evidence["moves"]} == {"quantize"}
 
 
-def test_drop_alone_is_never_slower_on_purpose():
+def test_drop_alone_is_always_feasible():
+    # The original itself holds every drop bound, so noise in timings must not make this an error.
     evidence = tiny("drop<=2%").evidence
     assert set(evidence["met"]) == {"drop"}
     assert evidence["damage"] <= 0.02
 
 
 def test_latency_and_drop_are_both_checked():
-    evidence = tiny("latency<=3x, drop<=5%").evidence
+    evidence = lamina.optimize(
+        demo.MODEL,
+        "latency<=0.95x, drop<=3%",
+        data=demo.DATA,
+        metric="top1",
+        target="ort:cpu?threads=1",
+        workload="32",
+        transforms=["quantize"],
+        seconds=1,
+    ).evidence
     assert set(evidence["met"]) == {"latency", "drop"}
-    assert evidence["met"]["latency"]["allowed"] == pytest.approx(3 * evidence["original"]["latency_s"])
+    assert evidence["met"]["latency"]["allowed"] == pytest.approx(0.95 * evidence["original"]["latency_s"])
 
 
 def test_keywords_say_the_same_as_text():
     first, second = lamina.Budget.parse("size<=0.5x, drop<=2%"), lamina.Budget.parse(size="0.5x", drop="2%")
     assert first == second
     evidence = lamina.optimize(
-        tiny_model(), size="0.5x", drop="5%", data=tiny_data(), metric="top1", seconds=1
+        tiny_model(), size="0.5x", drop="5%", minimize="size", data=tiny_data(), metric="top1", seconds=1
     ).evidence
     assert set(evidence["met"]) == {"size", "drop"}
 
 
 def test_without_data_the_result_says_so():
-    evidence = tiny("drop<=5%", data=None, metric=None).evidence
+    evidence = tiny("size<=0.6x", data=None, metric=None).evidence
     assert evidence["synthetic_data"]
     assert evidence["metric"] in ("kl", "cosine", "relative-l2")
 
