@@ -18,7 +18,7 @@ from lamina.backends import tvm_process
 from lamina.backends.backend import Target
 from lamina.backends.reference import run_reference
 from lamina.backends.tvm import Tvm
-from lamina.backends.tvm_import import check_feeds, parse_shapes, prepare
+from lamina.backends.tvm_import import Prepared, check_feeds, parse_shapes, prepare
 from lamina.backends.tvm_library import feeds_to_check, relative_error
 from lamina.backends.tvm_operators import plain_kernel
 from lamina.errors import BackendError, BudgetError, DataError, LaminaError, UnsupportedOperator
@@ -317,10 +317,20 @@ def test_importing_the_backend_imports_no_tvm(tmp_path: Path) -> None:
 
 def test_a_constant_output_stays_an_output() -> None:
     nodes = [helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Cast", ["s"], ["y"], to=FLOAT)]
-    prepared = prepare(graph(nodes, X, ["y"]), {}, None)
-    assert [n.op_type for n in prepared.model.graph] == ["Identity"]
+    value = helper.make_tensor("v", FLOAT, [2], [2.0, 4.0])
+    for prepared in (
+        prepare(graph(nodes, X, ["y"]), {}, None),
+        prepare(graph([helper.make_node("Constant", [], ["y"], value=value)], X, ["y"]), {}, None),
+    ):
+        _outputs_two_and_four(prepared)
+
+
+def _outputs_two_and_four(prepared: Prepared) -> None:
+    assert not {n.op_type for n in prepared.model.graph} & {"Constant", "Shape", "Cast"}
     assert prepared.outputs == ("y",)
-    np.testing.assert_array_equal(run_reference(prepared.model, {"x": np.zeros((2, 4), np.float32)})["y"], [2, 4])
+    np.testing.assert_array_equal(
+        run_reference(prepared.model, {"x": np.zeros((2, 4), np.float32)})["y"], [2, 4]
+    )
 
 
 def test_a_tile_of_many_axes_is_refused() -> None:
