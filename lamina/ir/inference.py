@@ -13,21 +13,24 @@ from lamina.ir.skeleton import skeleton
 _MAX_ROUNDS = 4
 
 
-def infer_shapes(model: ir.Model) -> None:
+def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> None:
     """Fill in what inference can tell, in place; what the model declares about its interface stays as it is.
 
     Declared shapes of inner values are believed only where nothing can be inferred: exporters get them wrong,
     and passes leave them stale.
+
+    Args:
+        model: What to fill in.
+        proto: Its skeleton where the caller has one at hand; it is used up.
     """
-    _round(model, forget=True)
+    _round(model, skeleton(model)[0] if proto is None else proto, forget=True)
     for _ in range(_MAX_ROUNDS):
         if not _add_ranks(model.graph):
             return
-        _round(model, forget=False)
+        _round(model, skeleton(model)[0], forget=False)
 
 
-def _round(model: ir.Model, *, forget: bool) -> None:
-    proto, _ = skeleton(model)
+def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool) -> None:
     if forget:
         opaque = {name for n in proto.graph.node if n.domain not in ("", "ai.onnx") for name in n.output}
         kept = [info for info in proto.graph.value_info if info.name in opaque]

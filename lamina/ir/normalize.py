@@ -50,8 +50,9 @@ def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
     _trim_outputs(model.graph)
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(_imports(model)), 4)
     _leave_deprecated(model)
-    check_valid(model, source)
-    infer_shapes(model)
+    proto, _ = skeleton(model)
+    _check_proto(proto, source)
+    infer_shapes(model, proto)
 
 
 def _imports(model: ir.Model) -> list[onnx.OperatorSetIdProto]:
@@ -285,10 +286,18 @@ def check_valid(model: ir.Model, source: str) -> None:
     Raises:
         CaptureError: The checker objects; its message is passed on.
     """
-    proto, _ = skeleton(model)
-    for port in (*proto.graph.input, *proto.graph.output):
-        if port.type.HasField("tensor_type"):
-            port.type.tensor_type.shape.SetInParent()  # the checker insists on one; runtimes infer it
+    _check_proto(skeleton(model)[0], source)
+
+
+def _check_proto(proto: onnx.ModelProto, source: str) -> None:
+    ports = [
+        p.type.tensor_type
+        for p in (*proto.graph.input, *proto.graph.output)
+        if p.type.HasField("tensor_type")
+    ]
+    bare = [kind for kind in ports if not kind.HasField("shape")]
+    for kind in bare:
+        kind.shape.SetInParent()  # the checker insists on one; runtimes infer it
     try:
         onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
@@ -296,3 +305,5 @@ def check_valid(model: ir.Model, source: str) -> None:
         raise CaptureError(
             f"not a valid ONNX model: {message}", where=source, advice=_EXPORT_AGAIN
         ) from error
+    for kind in bare:
+        kind.ClearField("shape")

@@ -36,7 +36,8 @@ class Port:
 class Program:
     """One ``onnx_ir.Model`` and its interface.
 
-    Every node has a unique, non-empty name; every value too. Transforms work on :meth:`clone`.
+    Every node has a unique, non-empty name; every value too, but an omitted optional output (its name is
+    empty and nobody reads it). Transforms work on :meth:`clone`.
 
     Attributes:
         model: The model. Never mutate it: take ``clone().model``.
