@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from lamina.backends.backend import Executable
+from lamina.backends.measure import Ratio
 from lamina.errors import InfeasibleBudget
 from lamina.ir.io import serialized_size
 from lamina.planner.costs import fit_scales
@@ -174,7 +175,16 @@ def choose(request: Request, builder: Builder, candidates: Sequence[Candidate], 
         (finalist,) = builder.finish([unchanged], seconds=3.0)
         if affordable(request, builder, finalist):
             return original.judge(finalist, LOOKS)
+        if not request.budget.costs:  # nothing measured faster: the model as it was given holds any drop
+            return original.judge(as_given(request, builder, unchanged), LOOKS)
     raise infeasible(request, builder, candidates, goal, failed)
+
+
+def as_given(request: Request, builder: Builder, unchanged: Candidate) -> Finalist:
+    """The captured model itself, not even folded."""
+    plan = replace(builder.prepared.plan, folds=(), moves=())
+    same = {case.name: Ratio(1.0, 1.0, 1.0) for case in request.workload}
+    return Finalist(unchanged, Realized(request.program, plan), Relative(1.0, 1.0, 1.0, same))
 
 
 def _next(
@@ -256,7 +266,7 @@ def infeasible(
     nearest = []
     ranked = sorted(candidates, key=lambda c: (costs.predict(c.genome)["latency"], c.score.damage))
     inside = [c for c in ranked if c.score.bound(goal.caution) <= goal.allowed_damage]
-    for candidate in dict.fromkeys([*ranked[:1], *inside[:1]]):
+    for candidate in {c.genome: c for c in (*ranked[:1], *inside[:1])}.values():
         predicted = costs.predict(candidate.genome)
         measured = builder.done.get(candidate.genome)
         ratio = measured.relative.ratio if measured else predicted["latency"]
