@@ -49,7 +49,8 @@ class KlDivergence(Divergence):
         p = np.exp(log_p)
         with np.errstate(invalid="ignore"):
             terms = np.where(p > 0, p * (log_p - log_q), np.float32(0))
-        divergence = terms.sum(axis=axis, dtype=np.float64)
+        # never negative but for rounding
+        divergence = np.maximum(terms.sum(axis=axis, dtype=np.float64), 0.0)
         mask = token_mask(batch, values.shape) if values.ndim == 3 else None
         weight = np.ones_like(divergence) if mask is None else mask
         sums = per_sample(divergence * weight, batch).sum(axis=1)
