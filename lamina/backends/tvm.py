@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -19,6 +19,9 @@ from lamina.backends.tvm_library import LOADER, Library, Store, TvmExecutable, w
 from lamina.backends.tvm_operators import ALLOWED, NEWEST_OPSET, plain_kernel
 from lamina.backends.tvm_process import Report, TvmProcess, environment, require_tvm, versions
 from lamina.errors import BackendError, BudgetError
+
+if TYPE_CHECKING:
+    from lamina.backends.measure import IsolatedTimer
 
 _COMPUTING = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 _VIEWS = frozenset({"Transpose", "Reshape", "Cast", "Squeeze", "Unsqueeze", "Identity"})
@@ -127,6 +130,18 @@ class Tvm:
             numbers = timer.add_all(paths)
             timings = timer.time(numbers, None, seconds)
         return [[timings.latency(number, case.name) for case in workload] for number in numbers]
+
+    def timer(self, target: Target, workload: Workload, *, seed: int = 0) -> IsolatedTimer:
+        """Refuse: the planner prices operators on ONNX Runtime only; whole programs go through compile.
+
+        Raises:
+            BackendError: Always.
+        """
+        raise BackendError(
+            "plans are not made on TVM yet: its operators have no prices",
+            where=f"target '{target}'",
+            advice="optimize for ort:cpu, then compile and package the result's model with this backend",
+        )
 
     def peak_memory(self, model: Path, target: Target, case: Case) -> int:
         """Peak resident bytes a fresh process adds, on top of TVM's runtime, to load and run ``model``."""

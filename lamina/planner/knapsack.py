@@ -6,12 +6,34 @@ and a conversion paid wherever int8 meets float. Additive damage is an assumptio
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from lamina.planner.costs import Costs
 from lamina.planner.space import Genome
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keep what HiGHS writes to the process's stdout away from a caller who pipes JSON through it."""
+    try:
+        sys.stdout.flush()
+        saved = os.dup(1)
+    except (OSError, ValueError, AttributeError):  # no such descriptor: nothing can be written either
+        yield
+        return
+    sink = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(sink, 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)
+        os.close(sink)
 
 
 class _Rows:
@@ -73,13 +95,14 @@ def solve(
     r, c, v = zip(*rows.entries, strict=True)
     matrix = coo_matrix((v, (r, c)), shape=(len(rows.low), variables)).tocsr()
     integrality = np.concatenate([np.ones(count), np.zeros(variables - count)])
-    result = milp(
-        objective / scale,
-        constraints=LinearConstraint(matrix, rows.low, rows.high),
-        bounds=Bounds(0, 1),
-        integrality=integrality,
-        options={"time_limit": seconds, "mip_rel_gap": 1e-4},
-    )
+    with _silent_stdout():
+        result = milp(
+            objective / scale,
+            constraints=LinearConstraint(matrix, rows.low, rows.high),
+            bounds=Bounds(0, 1),
+            integrality=integrality,
+            options={"time_limit": seconds, "mip_rel_gap": 1e-4},
+        )
     if result.x is None:
         return None
     genome = []
