@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lamina.analysis.analyze import analyze
     from lamina.backends.backend import Target
     from lamina.budget import Budget
     from lamina.comparison import compare
@@ -26,6 +27,7 @@ __all__ = [
     "Plan",
     "Result",
     "Target",
+    "analyze",
     "apply",
     "compare",
     "load",
@@ -41,6 +43,7 @@ _HOMES = {
     "Plan": "lamina.planner.plan",
     "Result": "lamina.result",
     "Target": "lamina.backends.backend",
+    "analyze": "lamina.analysis.analyze",
     "apply": "lamina.driver",
     "compare": "lamina.comparison",
     "load": "lamina.ir.io",

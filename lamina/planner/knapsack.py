@@ -6,10 +6,11 @@ and a conversion paid wherever int8 meets float. Additive damage is an assumptio
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -31,6 +32,8 @@ def _silent_stdout() -> Iterator[None]:
         os.dup2(sink, 1)
         yield
     finally:
+        with suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).fflush(None)  # C's own buffer would reach the restored descriptor later
         os.dup2(saved, 1)
         os.close(saved)
         os.close(sink)
