@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -134,11 +134,26 @@ class Search:
             self._seed_by_cost()
         else:
             self._seed_by_damage()
+        if self.best() is None:
+            self._nearest()
         self._improve()
         goal = self.goal
         return sorted(
             self.archive.values(), key=lambda c: (not c.feasible(goal), c.objective(goal), c.surrogate)
         )
+
+    def _nearest(self) -> None:
+        """Nothing meets the goal: measure what is cheapest, on each bounded axis and within the drop."""
+        for axis in self.goal.bounds:
+            genome = solve(self.costs, self.damage, minimize=axis)
+            if genome is not None and genome not in self.archive:
+                score = self.evaluator.score(genome)
+                found = Candidate(genome, self.costs.predict(genome), self.surrogate(genome), score)
+                self.archive[genome] = found
+        if self.goal.minimize != "damage":
+            goal, self.goal = self.goal, replace(self.goal, bounds={})
+            self._seed_by_damage()
+            self.goal = goal
 
     def _solve(self, allowed: float) -> Genome | None:
         return solve(

@@ -61,6 +61,8 @@ def test_an_impossible_bound_leaves_nothing_feasible() -> None:
     goal = Goal("damage", {"latency": -5.0}, float("inf"))
     found = Search(costs, damage, Judge(space, damage), goal, seconds=5).run()  # type: ignore[arg-type]
     assert not found[0].feasible(goal)
+    cheapest = min(costs.predict(g)["latency"] for g in every(space))
+    assert min(c.predicted["latency"] for c in found) <= cheapest + 1e-3
 
 
 def test_the_same_seed_finds_the_same_plan() -> None:
