@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import tempfile
 import time
@@ -28,6 +29,7 @@ from lamina.ir.capture import capture
 from lamina.workload import parse_workload
 from tools.bench import judge, peers
 from tools.bench.cases import CASES, Case
+from tools.bench.table import faster, held
 
 
 def run_case(case: Case, out: Path, threads: list[int], seconds: float, seed: int) -> dict[str, Any]:
@@ -73,8 +75,11 @@ def run_case(case: Case, out: Path, threads: list[int], seconds: float, seed: in
     }
     for count in threads:
         for name, times in timed(case, models, count).items():
-            rows[name]["times"][count] = times
-    return {"case": case.name, "metric": case.metric, "optimize_s": took, "note": note, "systems": rows}
+            rows[name]["times"][str(count)] = times
+    found = {"case": case.name, "metric": case.metric, "optimize_s": took, "note": note, "systems": rows}
+    if "lamina" in models:  # once more by what shares no code with lamina
+        found["judged"] = judge.judge(case, models["lamina"])
+    return found
 
 
 def timed(case: Case, models: dict[str, Path], threads: int) -> dict[str, dict[str, Any]]:
@@ -101,35 +106,7 @@ def timed(case: Case, models: dict[str, Path], threads: int) -> dict[str, dict[s
     return found
 
 
-def best_peer(found: dict[str, Any], threads: int, shape: str, allowed: float = 1.0) -> float:
-    """Time of the best uniform quantization that holds the budget; 1.0 where none does better."""
-    times = [1.0]
-    for name in ("ort dynamic", "ort static"):
-        system = found["systems"][name]
-        if system["damage_percent"] <= allowed:
-            times.append(system["times"][threads][shape]["ratio"])
-    return min(times)
-
-
-def summary(results: list[dict[str, Any]], threads: int) -> dict[str, float]:
-    """Geometric means over cases and shapes of lamina's time and of lamina's over the best peer's."""
-    own, against = [], []
-    for found in results:
-        if "lamina" not in found["systems"]:
-            continue
-        for shape, times in found["systems"]["lamina"]["times"][threads].items():
-            own.append(times["ratio"])
-            against.append(best_peer(found, threads, shape) / times["ratio"])
-    if not own:
-        return {}
-    return {
-        "lamina_time": float(np.exp(np.mean(np.log(own)))),
-        "faster_than_best_peer": float(np.exp(np.mean(np.log(against)))),
-        "worst_against_best_peer": float(min(against)),
-    }
-
-
-def show(results: list[dict[str, Any]], threads: int) -> None:
+def show(results: list[dict[str, Any]], threads: str) -> None:
     """One table."""
     table = Table(
         title=f"time / float32 at {threads} thread(s); quality on report data", title_justify="left"
@@ -152,7 +129,7 @@ def show(results: list[dict[str, Any]], threads: int) -> None:
     Console(width=140).print(table)
 
 
-def plot(results: list[dict[str, Any]], threads: int, path: Path) -> None:
+def plot(results: list[dict[str, Any]], threads: str, path: Path) -> None:
     """Time against damage, one marker a system and shape, as a page."""
     import plotly.graph_objects as go
 
@@ -196,6 +173,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
     chosen = parser.parse_args()
+    logging.getLogger().setLevel(logging.ERROR)  # the peers' quantizer warns once a weight
     threads = [int(t) for t in chosen.threads.split(",")]
     wanted = chosen.cases.split(",")
     results = []
@@ -204,9 +182,15 @@ def main() -> None:
             print(f"{case.name} ...", flush=True)
             results.append(run_case(case, chosen.out, threads, chosen.seconds, chosen.seed))
             (chosen.out / "bench.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
-    for count in threads:
+    for count in map(str, threads):
         show(results, count)
-        print(count, "thread(s):", json.dumps(summary(results, count)))
+        ratios = faster(results, count)
+        mean = float(np.exp(np.mean(np.log(ratios))))
+        print(
+            f"{count} thread(s): {mean:.2f}x faster than the best qualifying peer in geometric mean of "
+            f"{len(ratios)}, at worst {min(ratios):.2f}x; the judge saw the budget held in "
+            f"{sum(map(held, results))} of {len(results)} cases"
+        )
         plot(results, count, chosen.out / f"bench_{count}.html")
 
 
