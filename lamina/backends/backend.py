@@ -128,7 +128,15 @@ class Backend(Protocol):
     name: str
 
     def capabilities(self, target: Target) -> Mapping[str, Any]:
-        """What the target can do (``forms``: option names it has kernels for) and what it is (``device``)."""
+        """What the target can do and what it is.
+
+        ``forms``: option names it has kernels for; ``refused``: names it cannot even load;
+        ``operator_prices``: whether single operators can be priced on it; ``device``; ``versions``.
+        """
+        ...
+
+    def draft(self, target: Target) -> Target:
+        """The target candidates are compared on: ``target`` without what is too dear to do for each."""
         ...
 
     def compile(self, model: ir.Model | Path, target: Target) -> Executable:

@@ -17,6 +17,7 @@ from lamina.errors import BackendError
 LEAST_ROUNDS = 5
 MOST_ROUNDS = 40
 LEAST_RUNS = 3
+SLOW_S = 0.02  # a run this long is a burst of its own
 BURST_S = 0.01  # long enough for a clock's and a wake-up's share to vanish
 
 Rounds = list[list[float]]  # samples in seconds, one list a round
@@ -75,8 +76,6 @@ class IsolatedTimer:
         seed: Of the order within rounds.
         loader: What opens a model in the worker; see :class:`.workers.Worker`.
         environment: Variables for the workers.
-        cpu: Count CPU time instead of wall time: the same on an idle machine and steadier on a busy one, but
-            only for targets of one thread.
     """
 
     def __init__(
@@ -87,13 +86,9 @@ class IsolatedTimer:
         seed: int = 0,
         loader: str = ORT_LOADER,
         environment: Mapping[str, str] | None = None,
-        cpu: bool = False,
     ) -> None:
         if not workload:
             raise BackendError("a workload needs at least one case to time")
-        if cpu and target.threads != 1:
-            raise BackendError(f"CPU time says nothing about the latency of {target.threads} threads")
-        self._cpu = cpu
         self.target, self.workload = target, workload
         self._loader, self._environment = loader, environment
         self._random = random.Random(seed)
@@ -124,28 +119,51 @@ class IsolatedTimer:
         return number
 
     def add_all(self, paths: Sequence[Path]) -> list[int]:
-        """Add models one after the other; nothing stays running when one of them fails."""
-        return [self.add(path) for path in paths]
+        """Add models one after the other; none of them stays running when one fails."""
+        numbers: list[int] = []
+        try:
+            for path in paths:
+                numbers.append(self.add(path))
+        except BaseException:
+            for number in numbers:
+                self.remove(number)
+            raise
+        return numbers
 
     def remove(self, number: int) -> None:
         """End one model's process."""
         worker, _ = self._workers.pop(number)
         worker.close()
 
-    def time(self, ids: Sequence[int], cases: Iterable[str] | None = None, seconds: float = 1.0) -> Timings:
+    @property
+    def counts_cpu(self) -> bool:
+        """Whether a run happens in the calling thread alone, so that its CPU time is its latency."""
+        return self._loader == ORT_LOADER and self.target.threads == 1
+
+    def time(
+        self,
+        ids: Sequence[int],
+        cases: Iterable[str] | None = None,
+        seconds: float = 1.0,
+        *,
+        cpu: bool = False,
+    ) -> Timings:
         """Time models in turn for about ``seconds`` in all.
 
         Every round gives each model one burst on each case, models of one case back to back in random order.
-        At least 5 rounds of 3 runs are made, however long they take.
+        At least 5 rounds of 3 runs (of 1 where it is long) are made, however long they take.
 
         Args:
             ids: Numbers from :meth:`add`.
             cases: Names of the cases; all when omitted.
             seconds: Wall time to spend.
+            cpu: Count CPU time where :attr:`counts_cpu`: wall time on an idle machine, and steadier
+                on a busy one.
 
         Raises:
             BackendError: A worker failed or died; names its model.
         """
+        cpu = cpu and self.counts_cpu
         names = [c.name for c in self.workload] if cases is None else list(cases)
         pairs = [(i, case) for i in ids for case in names]
         if not pairs:
@@ -156,9 +174,8 @@ class IsolatedTimer:
             for case in self._random.sample(names, len(names)):
                 for i in self._random.sample(list(ids), len(ids)):
                     worker, session = self._workers[i]
-                    samples = worker.time(
-                        session, case, bursts[i, case], least=LEAST_RUNS, warm=1, cpu=self._cpu
-                    )
+                    least = self._least(i, case)
+                    samples = worker.time(session, case, bursts[i, case], least=least, warm=1, cpu=cpu)
                     result.samples[i, case].append(samples)
         return result
 
@@ -167,10 +184,13 @@ class IsolatedTimer:
     ) -> tuple[int, dict[tuple[int, str], float]]:
         """How many rounds, and how many seconds each burst gets after its one warm-up run."""
         estimate = self._estimates
-        wanted = {pair: estimate[pair] + max(LEAST_RUNS * estimate[pair], BURST_S) for pair in pairs}
+        wanted = {pair: estimate[pair] + max(self._least(*pair) * estimate[pair], BURST_S) for pair in pairs}
         rounds = int(np.clip(seconds / sum(wanted.values()), LEAST_ROUNDS, MOST_ROUNDS))
         share = seconds / rounds / sum(wanted.values())
         return rounds, {pair: max(0.0, share * cost - estimate[pair]) for pair, cost in wanted.items()}
+
+    def _least(self, number: int, case: str) -> int:
+        return LEAST_RUNS if self._estimates[number, case] < SLOW_S else 1
 
     def close(self) -> None:
         """End every process."""

@@ -123,6 +123,10 @@ class OnnxRuntime:
         self.check(target)
         return probe(target.options.get("opt", "all"))
 
+    def draft(self, target: Target) -> Target:
+        """Candidates are compared on the target itself."""
+        return target
+
     def measure(
         self, models: Sequence[Path], target: Target, workload: Workload, *, seconds: float
     ) -> list[list[Latency]]:

@@ -63,7 +63,8 @@ def probe(level: str = "all") -> Mapping[str, Any]:
     Returns:
         ``device`` (CPU and the flags that matter), ``flags``, ``forms`` (option name -> operator types that
         have kernels for it; empty ones left out), ``float16_kernels`` (operator types computed in float16 as
-        asked, not in float32 behind conversions), ``opset`` (newest default opset it loads), ``versions``.
+        asked, not in float32 behind conversions), ``opset`` (newest default opset it loads), ``versions``,
+        ``operator_prices`` (True: single operators can be timed).
     """
     import onnxruntime as ort
 
@@ -80,6 +81,7 @@ def probe(level: str = "all") -> Mapping[str, Any]:
             "float16_kernels": halves,
             "opset": _newest_opset(level),
             "versions": {"onnxruntime": ort.__version__},
+            "operator_prices": True,
         }
     )
 

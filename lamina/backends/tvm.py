@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -69,31 +70,12 @@ class Tvm:
         """What TVM can do here: no option has kernels of its own, so ``forms`` is empty.
 
         Returns:
-            ``device``, ``forms``, ``opset``, ``operators`` (how many it may be given), ``versions``,
-            ``tuning`` (None, or why it does not work).
+            ``device``, ``forms``, ``refused`` (options whose operators it cannot import), ``opset``,
+            ``operators`` (how many it may be given), ``operator_prices`` (False), ``versions``, ``tuning``
+            (None, or why it does not work).
         """
-        from lamina.backends.tvm_search import tuning_trouble
-
         self.check(target)
-        with TvmProcess(target.threads, "the description of TVM") as process:
-            header = {"do": "describe", "threads": target.threads, "mcpu": target.options.get("mcpu")}
-            reply = process.ask(header, timeout=180.0).header
-        if not reply["llvm"]:
-            raise BackendError(
-                "this TVM was built without LLVM", advice="install the wheel docs/tvm.md names"
-            )
-        model, flags = cpu()
-        found = {
-            "device": f"{model} as {reply['cpu']}",
-            "flags": flags,
-            "forms": MappingProxyType({}),
-            "float16_kernels": (),
-            "opset": NEWEST_OPSET,
-            "operators": len(ALLOWED),
-            "tuning": tuning_trouble(),
-            "versions": versions(),
-        }
-        return MappingProxyType(found)
+        return _describe(target.threads, target.options.get("mcpu"))
 
     def compile(
         self, model: ir.Model | Path, target: Target, *, cases: Sequence[Feeds] = ()
@@ -132,16 +114,23 @@ class Tvm:
         return [[timings.latency(number, case.name) for case in workload] for number in numbers]
 
     def timer(self, target: Target, workload: Workload, *, seed: int = 0) -> IsolatedTimer:
-        """Refuse: the planner prices operators on ONNX Runtime only; whole programs go through compile.
+        """A timer that compiles what it is given, compares it with ONNX Runtime, and times the libraries.
 
         Raises:
-            BackendError: Always.
+            LaminaError: See :meth:`compile`.
         """
-        raise BackendError(
-            "plans are not made on TVM yet: its operators have no prices",
-            where=f"target '{target}'",
-            advice="optimize for ort:cpu, then compile and package the result's model with this backend",
+        from lamina.backends.tvm_timer import CompilingTimer
+
+        self.check(target)
+        feeds = [case.feeds for case in workload]
+        return CompilingTimer(
+            lambda path: self._library(path, target, feeds).path, target, workload, seed=seed
         )
+
+    def draft(self, target: Target) -> Target:
+        """``target`` without tuning: candidates are compared untuned, the original and the result tuned."""
+        kept = {k: v for k, v in target.options.items() if k not in ("tune", "trials")}
+        return replace(target, options=kept)
 
     def peak_memory(self, model: Path, target: Target, case: Case) -> int:
         """Peak resident bytes a fresh process adds, on top of TVM's runtime, to load and run ``model``."""
@@ -181,6 +170,31 @@ class Tvm:
         bound = target.options.get("bound")
         prepared = prepare(model, shapes, None if bound is None else int(bound))
         return _STORE.get(prepared, target, cases, self._report)
+
+
+@functools.lru_cache(maxsize=8)
+def _describe(threads: int, mcpu: str | None) -> Mapping[str, Any]:
+    from lamina.backends.tvm_search import tuning_trouble
+
+    with TvmProcess(threads, "the description of TVM") as process:
+        header = {"do": "describe", "threads": threads, "mcpu": mcpu}
+        reply = process.ask(header, timeout=180.0).header
+    if not reply["llvm"]:
+        raise BackendError("this TVM was built without LLVM", advice="install the wheel docs/tvm.md names")
+    model, flags = cpu()
+    found = {
+        "device": f"{model} as {reply['cpu']}",
+        "flags": flags,
+        "forms": MappingProxyType({}),
+        "refused": ("stored-w4",),
+        "float16_kernels": (),
+        "opset": NEWEST_OPSET,
+        "operators": len(ALLOWED),
+        "operator_prices": False,
+        "tuning": tuning_trouble(),
+        "versions": versions(),
+    }
+    return MappingProxyType(found)
 
 
 def _quantized(model: ir.Model) -> Iterator[str]:

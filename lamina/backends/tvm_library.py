@@ -17,6 +17,7 @@ import numpy as np
 from lamina.backends.backend import Case, Feeds, Target
 from lamina.backends.measure import IsolatedTimer, Ratio
 from lamina.backends.reference import compile_reference
+from lamina.backends.tvm_batches import fixed_rows, run_in_pieces
 from lamina.backends.tvm_import import Prepared, check_feeds
 from lamina.backends.tvm_process import Report, TvmProcess, environment, versions
 from lamina.errors import BackendError, LaminaError, VerificationError
@@ -66,16 +67,24 @@ class TvmExecutable:
         self.output_names = prepared.outputs
         self.library = library
         self._prepared = prepared
+        self._rows = fixed_rows(prepared)
         self._process = TvmProcess(threads, prepared.where)
         self._process.ask({"do": "load", "library": str(path), "threads": threads})
 
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
-        """Run once; arrays keyed by output name.
+        """Run; arrays keyed by output name. Another number of rows than compiled for takes several runs.
 
         Raises:
             DataError: The feeds do not fit.
             BackendError: The library failed or its process died.
         """
+        rows = self._rows
+        counts = {array.shape[0] for array in feeds.values() if array.ndim}
+        if rows is not None and len(counts) == 1 and counts not in ({rows}, {0}):
+            return run_in_pieces(self._run, feeds, rows)
+        return self._run(feeds)
+
+    def _run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         check_feeds(self._prepared.inputs, feeds, self._prepared.limit)
         return dict(self._process.ask({"do": "run"}, feeds).arrays)
 

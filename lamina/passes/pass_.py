@@ -117,6 +117,8 @@ class Transform:
     needs: ClassVar[frozenset[Need]] = frozenset()
     name: ClassVar[str] = ""
     minimum_opset: ClassVar[int] = 13
+    # Options that change how weights are kept in the file and nothing at run time: they never gain latency.
+    storage_only: ClassVar[frozenset[str]] = frozenset()
 
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Every site of ``program``; reads only."""

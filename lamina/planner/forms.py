@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lamina.errors import BackendError
+from lamina.errors import BackendError, UnsupportedOperator
 from lamina.ir.program import Program
 from lamina.passes.fold import FOLDS, fold, form_names
 from lamina.planner.timing import Relative, Stopwatch
 from lamina.progress import Progress
 
+_REFUSED = (BackendError, UnsupportedOperator)
 # A form must pay by more than timing noise, or the simpler graph stays.
 LEAST_GAIN = 0.01
 
@@ -53,7 +54,7 @@ def pick_forms(program: Program, stopwatch: Stopwatch, progress: Progress, *, se
             if trial_names == best_names:
                 continue
             now, before = stopwatch.compare([trial.model, best.model], seconds=seconds)
-        except BackendError as error:  # a form this runtime has no kernel for is no candidate
+        except _REFUSED as error:  # a form this runtime has no kernel for is no candidate
             log.append({"form": form, "kept": False, "reason": error.what})
             continue
         kept = now.ratio < before.ratio * (1 - LEAST_GAIN)

@@ -22,7 +22,7 @@ from lamina.planner.evaluator import Evaluator
 from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
-from lamina.planner.pricing import build_costs
+from lamina.planner.pricing import build_costs, shared_costs
 from lamina.planner.realize import Realized, realize
 from lamina.planner.request import Request
 from lamina.planner.space import Genome, Space, build_space
@@ -117,26 +117,22 @@ def selection_rows(request: Request, supergraph: Supergraph) -> Dataset:
 
 def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch) -> tuple[Costs, CostResult]:
     program, workload = folded.program, request.workload
+    axes = {request.minimize, *(b.axis for b in request.budget.costs)}
     shapes = {case.name: observed_shapes(program, case.feeds) for case in workload}
     heaviest = max(workload, key=lambda c: sum(a.size for a in c.feeds.values()))
     program_cost = cost(program, heaviest.feeds)
     original_cost = cost(request.program, heaviest.feeds)
-    prices = Prices(request.target, request.backend)
     base = {
         "latency": folded.relative.ratio,
         "size": float(serialized_size(program.model)),
         "flops": float(program_cost.flops),
     }
-    costs = build_costs(
-        space,
-        prices,
-        workload,
-        shapes,
-        base,
-        stopwatch.baseline_s,
-        {o.name: float(o.flops) for o in program_cost.operators},
-    )
-    axes = {request.minimize, *(b.axis for b in request.budget.costs)}
+    flops = {o.name: float(o.flops) for o in program_cost.operators}
+    if request.backend.capabilities(request.target)["operator_prices"]:
+        prices = Prices(request.target, request.backend)
+        costs = build_costs(space, prices, workload, shapes, base, stopwatch.baseline_s, flops)
+    else:
+        costs = shared_costs(space, base, flops)
     return costs.restrict(axes), original_cost
 
 

@@ -46,22 +46,51 @@ def build_costs(
         return sum(w * table[transform, site, option, c.name] for w, c in zip(weights, workload, strict=True))
 
     share = [relative(c, "float") for c in space.choices]
-    latency = [
-        [relative(c, o.name) - f for o in c.options] for c, f in zip(space.choices, share, strict=True)
-    ]
-    size = [
+
+    def change(choice: Choice, option: str, now: float) -> float:
+        priced = relative(choice, option) - now
+        return max(priced, 0.0) if option in choice.transform.storage_only else priced
+
+    latency = [[change(c, o.name, f) for o in c.options] for c, f in zip(space.choices, share, strict=True)]
+    delta = {"latency": latency, "size": _size(space), "flops": _flops(space, operator_flops)}
+    return Costs(space, dict(base), delta, share, _borders(space, prices, workload, weights, shapes))
+
+
+def shared_costs(space: Space, base: Mapping[str, float], operator_flops: Mapping[str, float]) -> Costs:
+    """The cost model where single operators cannot be priced: a site's latency is its share of the FLOPs.
+
+    A guess to begin with, in which an option that keeps its site changes no latency: whole models are
+    measured next and correct it (:func:`lamina.planner.costs.fit_scales`); what is returned was measured too.
+
+    Args:
+        space: The choices.
+        base: Totals of the folded program with no move, by axis.
+        operator_flops: Node name -> FLOPs on the heaviest case.
+    """
+    unit = base["latency"] / max(sum(operator_flops.values()), 1.0)
+    flops = _flops(space, operator_flops)
+    latency = [[unit * change for change in row] for row in flops]
+    share = [unit * sum(operator_flops.get(n, 0.0) for n in c.site.nodes) for c in space.choices]
+    return Costs(space, dict(base), {"latency": latency, "size": _size(space), "flops": flops}, share)
+
+
+def _size(space: Space) -> list[list[float]]:
+    """Bytes every option adds to the file."""
+    return [
         [float(stored - _own_weight_bytes(space, c)) for stored in row]
         for c, row in zip(space.choices, stored_bytes(space), strict=True)
     ]
-    flops = [
+
+
+def _flops(space: Space, operator_flops: Mapping[str, float]) -> list[list[float]]:
+    """FLOPs every option adds: only a drop changes them."""
+    return [
         [
             -sum(operator_flops.get(n, 0.0) for n in c.site.nodes) if o.name == "drop" else 0.0
             for o in c.options
         ]
         for c in space.choices
     ]
-    borders = _borders(space, prices, workload, weights, shapes)
-    return Costs(space, dict(base), {"latency": latency, "size": size, "flops": flops}, share, borders)
 
 
 def _own_weight_bytes(space: Space, choice: Choice) -> float:

@@ -45,3 +45,8 @@ class Request:
     seconds: float
     seed: int
     progress: Progress
+
+    @property
+    def draft(self) -> Target:
+        """What candidates are compared on: the target without what is too dear to do for each of them."""
+        return self.backend.draft(self.target)

@@ -113,6 +113,9 @@ def _met(console: Console, evidence: Mapping[str, Any]) -> None:
         console.print(f"{axis} {word}: {reached}, allowed {allowed}", highlight=False)
     pairs = (f"{k} {predicted[k]:.3f} -> {measured[k]:.3f}" for k in ("latency", "damage"))
     console.print(f"predicted -> measured: {', '.join(pairs)}", highlight=False)
+    if "original_on_onnxruntime_s" in evidence:
+        elsewhere = _seconds(evidence["original_on_onnxruntime_s"])
+        console.print(f"the original in ONNX Runtime, as many threads: {elsewhere}", highlight=False)
     counts = ", ".join(f"{evidence[f'n_{part}']} {part}" for part in ("calibration", "selection", "report"))
     console.print(f"[dim]samples: {counts}[/dim]")
     console.print("[dim]spread: 10th to 90th percentile of the rounds; of damage, 95 % interval[/dim]")

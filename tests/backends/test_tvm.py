@@ -17,7 +17,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from reference import models_dir, needs_reference
+from tiny import shorten_timing
 
+import lamina
 from lamina.backends import get_backend, tvm_library, tvm_search
 from lamina.backends.backend import Case, Target
 from lamina.backends.reference import run_reference
@@ -275,3 +277,66 @@ def test_reference_models_match(model: str, shapes: str) -> None:
     target = Target.parse("tvm:llvm?threads=1" + (f"&shapes={shapes}" if shapes else ""))
     with Tvm().compile(models_dir / f"{model}.onnx", target) as made:
         assert made.library.error < 1e-5
+
+
+def residual() -> onnx.ModelProto:
+    """``head(x + mlp(x))`` where the wide mlp adds next to nothing: what a drop is for."""
+    rng = np.random.default_rng(7)
+    weights = {
+        "up": rng.standard_normal((16, 4096), np.float32),
+        "down": (1e-6 * rng.standard_normal((4096, 16))).astype(np.float32),
+        "head": rng.standard_normal((16, 4), np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "up"], ["h"], name="wide"),
+        helper.make_node("Relu", ["h"], ["r"], name="act"),
+        helper.make_node("MatMul", ["r", "down"], ["b"], name="narrow"),
+        helper.make_node("Add", ["x", "b"], ["s"], name="join"),
+        helper.make_node("MatMul", ["s", "head"], ["logits"], name="classify"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "residual",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 16])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(v, k) for k, v in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.fixture(scope="module")
+def optimized() -> lamina.Result:
+    x = np.random.default_rng(8).standard_normal((90, 16)).astype(np.float32)
+    labels = run_reference(ir.from_proto(residual()), {"x": x})["logits"].argmax(axis=1)
+    with pytest.MonkeyPatch.context() as patch:
+        shorten_timing(patch)
+        return lamina.optimize(
+            residual(),
+            "drop<=5%",
+            data={"x": x, "labels": labels},
+            metric="top1",
+            target="tvm:llvm?threads=1&shapes=x:4x16",
+            workload="4",
+            seconds=1,
+        )
+
+
+def test_optimize_plans_on_tvm_by_whole_models(optimized: lamina.Result) -> None:
+    evidence = optimized.evidence
+    assert [m["option"] for m in evidence["moves"]] == ["drop"]
+    assert evidence["latency_ratio"] < 0.8  # the branch is nearly all of the work
+    assert evidence["damage"] <= 0.05
+    assert evidence["original_on_onnxruntime_s"] > 0
+    assert evidence["n_report"] % 4  # rows that do not divide into the library's four were scored too
+
+
+def test_an_optimized_model_is_saved_with_its_library(optimized: lamina.Result, tmp_path: Path) -> None:
+    written = {path.name for path in optimized.save(tmp_path)}
+    assert {"model.onnx", "plan.json", "result.json", "model.so", "model.so.json", "run_tvm.py"} <= written
+    x = np.random.default_rng(1).standard_normal((4, 16)).astype(np.float32)
+    np.savez(tmp_path / "in.npz", x=x)
+    command = [sys.executable, str(tmp_path / "run_tvm.py"), "--inputs", "in.npz", "--outputs", "out.npz"]
+    subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    wanted = run_reference(ir.load(tmp_path / "model.onnx"), {"x": x})["logits"]
+    with np.load(tmp_path / "out.npz") as outputs:
+        np.testing.assert_allclose(outputs["logits"], wanted, rtol=1e-4, atol=1e-5)

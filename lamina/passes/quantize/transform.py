@@ -94,6 +94,7 @@ class Quantize(Transform):
     axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory")
     needs: ClassVar[frozenset[Need]] = frozenset({"ranges"})
     name: ClassVar[str] = NAME
+    storage_only: ClassVar[frozenset[str]] = frozenset({"stored-w8", "stored-w4", "float16"})
 
     def __post_init__(self) -> None:
         unknown = [form for form in self.forms if form not in FORMS]
@@ -159,8 +160,10 @@ class Quantize(Transform):
         if form == "float16-compute":
             halves = (kernels or {}).get("float16_kernels") or ()
             return _OPERATORS.get(site.kind, "") in halves
-        if kernels is None or form.startswith("stored") or form == "float16":
+        if kernels is None:
             return True
+        if form.startswith("stored") or form == "float16":
+            return form not in kernels.get("refused", ())
         return form in kernels.get("forms", {form: ()})
 
     def _option(self, form: str, site: Site, program: Program, statistics: Any) -> Option | None:
