@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +265,60 @@ def test_progress_reports_every_stage_in_order():
 
     tiny("size<=0.6x", transforms=["quantize"], progress=Watch())
     assert stages == ["capture", "fold", "analyze", "price", "sensitivity", "search", "verify"]
+
+
+def test_storage_forms_are_not_taken_for_latency(digits: Run) -> None:
+    """float16 and stored-w8 widen at load: a price below float32's is noise, and no reason to lose bits."""
+    kinds = {m["option"] for m in tiny("drop<=2%").evidence["moves"]}
+    assert not kinds & {"float16", "stored-w8", "stored-w4"}
+    assert {m["option"] for m in digits.evidence["moves"]}  # a size bound does take what is small
+
+
+def test_a_backend_without_operator_prices_is_planned_on_whole_models(monkeypatch, tmp_path):
+    from lamina.backends.onnxruntime import OnnxRuntime
+
+    known = OnnxRuntime.capabilities
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        OnnxRuntime, "capabilities", lambda self, t: {**known(self, t), "operator_prices": False}
+    )
+    evidence = tiny("size<=0.5x").evidence
+    assert evidence["size_ratio"] <= 0.5
+    assert not list(tmp_path.rglob("*.json"))  # no operator was priced
+
+
+def test_the_last_measurement_can_turn_a_plan_down(monkeypatch):
+    """A latency bound that held among the finalists and not at the end is not reported as met."""
+    from lamina.planner.timing import Stopwatch
+
+    measured = Stopwatch.latencies
+
+    def slower(self: Stopwatch, model: Any, *, seconds: float) -> Any:
+        before, after, relative = measured(self, model, seconds=seconds)
+        return before, after, replace(relative, ratio=5.0)
+
+    monkeypatch.setattr(Stopwatch, "latencies", slower)
+    with pytest.raises(lamina.InfeasibleBudget):
+        tiny("latency<=3x, size<=0.5x")
+
+
+def test_report_data_that_does_not_fit_the_target_is_found_before_the_search(monkeypatch):
+    stages: list[str] = []
+    monkeypatch.setattr(Progress, "stage", recording(stages, Progress.stage))
+    from lamina.planner import judge
+
+    def broken(self: judge.Judge, executable: Any, data: Any) -> Any:
+        raise lamina.LaminaError("the rows do not fit")
+
+    monkeypatch.setattr(judge.Judge, "_run", broken)
+    with pytest.raises(lamina.LaminaError, match="do not fit"):
+        tiny("drop<=2%")
+    assert set(stages) == {"capture"}
+
+
+def recording(stages: list[str], stage: Any) -> Any:
+    def record(self: Progress, name: str) -> Any:
+        stages.append(name)
+        return stage(self, name)
+
+    return record

@@ -65,6 +65,11 @@ class Evaluator:
         every = batches is None or self.metric.whole
         wanted = len(self.batches) if every or batches is None else min(batches, len(self.batches))
         original = self._collect(self.space.nothing, wanted)
+        if not np.isfinite(original).all():
+            raise DataError(
+                f"the original's {self.metric.name} is not finite on the selection data",
+                advice="check the data and the model before compressing it",
+            )
         candidate = original if genome == self.space.nothing else self._collect(genome, wanted)
         if not np.isfinite(candidate).all():
             return Score(float("nan"), float("inf"), 0.0, len(candidate))

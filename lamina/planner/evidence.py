@@ -10,7 +10,8 @@ from typing import Any
 from lamina.analysis.cost import CostResult, cost
 from lamina.backends.backend import Audit, Latency
 from lamina.ir.io import serialized_size
-from lamina.planner.finish import Builder, Verdict
+from lamina.planner.builder import Builder
+from lamina.planner.judge import Verdict
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
 from lamina.planner.search import Candidate, Goal
@@ -19,12 +20,22 @@ from lamina.planner.timing import Relative
 
 @dataclass(frozen=True)
 class Final:
-    """The last measurements, of the model that is returned."""
+    """The last measurements, of the model that is returned.
+
+    Attributes:
+        before: Latency of the original on each case.
+        after: Of the result.
+        relative: Their ratio.
+        audit: What the target made of the planned operators.
+        onnxruntime_s: Weighted latency of the original in ONNX Runtime, where the target is another backend:
+            what a user would compare with.
+    """
 
     before: Sequence[Latency]
     after: Sequence[Latency]
     relative: Relative
     audit: Audit
+    onnxruntime_s: float | None = None
 
 
 def evidence(
@@ -52,7 +63,8 @@ def evidence(
         verdict.damage,
         allowed_damage=goal.allowed_damage,
     )
-    return {
+    elsewhere = {} if final.onnxruntime_s is None else {"original_on_onnxruntime_s": final.onnxruntime_s}
+    return elsewhere | {
         "budget": str(request.budget),
         "met": {axis: check._asdict() for axis, check in checks.items()},
         "target": str(request.target),

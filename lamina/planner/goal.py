@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lamina.planner.finish import Builder
+from lamina.planner.builder import Builder
 from lamina.planner.request import Request
 from lamina.planner.search import Goal
 
@@ -10,14 +10,13 @@ from lamina.planner.search import Goal
 AIM = 0.97
 
 
-def make_goal(request: Request, builder: Builder, original_score: float, caution: float = 1.0) -> Goal:
+def make_goal(request: Request, builder: Builder, original_score: float) -> Goal:
     """Bounds in the units of the cost model; memory becomes a bound on size, as weights are what moves.
 
     Args:
         request: The budget and the metric.
         builder: Knows what the original costs.
         original_score: The original's metric on selection data.
-        caution: Standard errors added to measured damages.
     """
     bounds: dict[str, float] = {}
     for bound in request.budget.costs:
@@ -34,4 +33,4 @@ def make_goal(request: Request, builder: Builder, original_score: float, caution
             bounds["flops"] = bound.limit(builder.prepared.original_cost.flops)
     minimize = "size" if request.minimize == "memory" else request.minimize
     allowed = request.budget.allowed_damage(request.metric, original_score)
-    return Goal(minimize, bounds, allowed, caution)
+    return Goal(minimize, bounds, allowed)

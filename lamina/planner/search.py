@@ -18,6 +18,12 @@ from lamina.planner.evaluator import Evaluator, Score
 from lamina.planner.knapsack import solve
 from lamina.planner.space import Genome
 
+# Standard errors added to a measured damage. One would prefer the luckiest of the candidates that change much
+# (their errors are large) to none at all; report data has the last word anyway.
+CAUTION = 0.5
+# Share of the present cost that a change must save: less would drown in the noise of the prices.
+LEAST_GAIN = 0.001
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -33,7 +39,7 @@ class Goal:
     minimize: str
     bounds: Mapping[str, float] = field(default_factory=dict)
     allowed_damage: float = float("inf")
-    caution: float = 1.0
+    caution: float = CAUTION
 
 
 @dataclass(frozen=True)
@@ -137,10 +143,25 @@ class Search:
         if self.best() is None:
             self._nearest()
         self._improve()
+        return self.ranked()
+
+    def ranked(self) -> list[Candidate]:
+        """All measured candidates so far; feasible ones first, best first."""
         goal = self.goal
         return sorted(
             self.archive.values(), key=lambda c: (not c.feasible(goal), c.objective(goal), c.surrogate)
         )
+
+    def tighten(self, surrogate: float) -> None:
+        """Measure the best plans whose single-site divergences sum to less than ``surrogate``.
+
+        For when the best one proved worse on other samples: a sum of divergences is a steadier sign of that
+        than a metric on a few hundred samples, on which the best of many is partly the luckiest.
+        """
+        for share in (1.0, 0.9):
+            genome = self._solve(share * surrogate)
+            if genome is not None:
+                self.measure(genome)
 
     def _nearest(self) -> None:
         """Nothing meets the goal: measure what is cheapest, on each bounded axis and within the drop."""
@@ -223,6 +244,7 @@ class Search:
     def _proposals(self, genome: Genome, weight: np.ndarray) -> Iterator[tuple[Genome, list[int]]]:
         """Better-by-prediction neighbours: single changes by gain per damage, then random swaps."""
         now = self._value(genome)
+        least = self._least_gain(now)
         singles = []
         for i, choice in enumerate(self.costs.space.choices):
             for gene in range(len(choice.options) + 1):
@@ -230,7 +252,7 @@ class Search:
                     continue
                 other = self.costs.space.canonical((*genome[:i], gene, *genome[i + 1 :]))
                 gain = now - self._value(other)
-                if gain > 1e-6 and self._affordable(other):
+                if gain > least and self._affordable(other):
                     risk = max(self.surrogate(other) - self.surrogate(genome), 1e-9) * weight[i]
                     singles.append((gain / risk, other, [i]))
         singles.sort(key=lambda s: -s[0])
@@ -253,8 +275,12 @@ class Search:
                     genes[i] = int(self.random.integers(0, len(self.costs.space.choices[i].options) + 1))
                     changed.append(int(i))
             other = self.costs.space.canonical(genes)
-            if self._value(other) < now - 1e-6 and self._affordable(other):
+            if self._value(other) < now - self._least_gain(now) and self._affordable(other):
                 yield other, changed
+
+    def _least_gain(self, now: float) -> float:
+        """What a change must gain to be worth a measurement."""
+        return 1e-6 if self.goal.minimize == "damage" else LEAST_GAIN * now
 
     def _value(self, genome: Genome) -> float:
         if self.goal.minimize == "damage":

@@ -71,10 +71,13 @@ class Stopwatch:
         return path
 
     def compare(self, models: Sequence[ir.Model], *, seconds: float) -> list[Relative]:
-        """Time models and the original in turn for about ``seconds``; their processes end afterwards."""
-        ids = [self.timer.add(self.write(model)) for model in models]
+        """Time models and the original in turn for about ``seconds``; their processes end afterwards.
+
+        What is decided by this must not depend on what else the machine does: CPU time where it is latency.
+        """
+        ids = self.timer.add_all([self.write(model) for model in models])
         try:
-            timings = self.timer.time([self.original, *ids], None, seconds)
+            timings = self.timer.time([self.original, *ids], None, seconds, cpu=True)
         finally:
             for number in ids:
                 self.timer.remove(number)
