@@ -5,26 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
-import os
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
-import weakref
+import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
-import lamina
-from lamina.backends._frames import Frame, read_frame, write_frame
+from lamina.backends._child import Child
+from lamina.backends._frames import Frame
 from lamina.errors import BackendError, LaminaError, UnsupportedOperator
 
 INSTALL = "pip install 'lamina[tvm]' (docs/tvm.md says what that brings and which versions work together)"
-_ROOT = str(Path(lamina.__file__).resolve().parents[1])
 Report = Callable[[int, int, str], None]
 
 
@@ -71,25 +62,7 @@ class TvmProcess:
     def __init__(self, threads: int, label: str) -> None:
         require_tvm()
         self.label = label
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the process
-        # trap: python -m puts the working directory first, and a tvm.py there would be imported
-        self._folder = tempfile.TemporaryDirectory(prefix="lamina-")
-        paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        search = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
-        inherited = {k: v for k, v in os.environ.items() if k != "TVM_USE_RUNTIME_LIB"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lamina.backends.tvm_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            cwd=self._folder.name,
-            env={**inherited, **environment(threads), **search},
-            start_new_session=True,  # so that build workers end with it
-        )
-        self._answers: queue.Queue[Frame | None] = queue.Queue()
-        assert self._process.stdout is not None
-        threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True).start()
-        self._finalizer = weakref.finalize(self, _end, self._process, self._complaints, self._folder)
+        self._child = Child("lamina.backends.tvm_worker", environment(threads), unset=["TVM_USE_RUNTIME_LIB"])
 
     def ask(
         self,
@@ -106,23 +79,19 @@ class TvmProcess:
             UnsupportedOperator: TVM's importer gave up.
             BackendError: The process failed or died.
         """
-        import time
-
         end = time.monotonic() + timeout
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ValueError):  # a dead child: the pump says so
-            write_frame(cast(BinaryIO, self._process.stdin), Frame(dict(header), arrays or {}))
+        self._child.send(Frame(dict(header), arrays or {}))
         while True:
             try:
-                answer = self._answers.get(timeout=max(0.0, end - time.monotonic()))
-            except queue.Empty:
-                self.close()
+                answer = self._child.receive(end - time.monotonic())
+            except TimeoutError:
                 raise TimeUp(
                     f"TVM did not finish '{header['do']}' of {self.label} in {timeout:.0f} s"
                 ) from None
             if answer is None:
                 raise BackendError(
-                    f"the TVM process for {self.label} died during '{header['do']}': {self._post_mortem()}",
+                    f"the TVM process for {self.label} died during '{header['do']}': "
+                    f"{self._child.post_mortem()}",
                     advice="one cause TVM does not catch is an index outside its table; compare with ort:cpu",
                 )
             if "progress" not in answer.header:
@@ -135,7 +104,7 @@ class TvmProcess:
 
     def close(self) -> None:
         """End the process and everything it started."""
-        self._finalizer()
+        self._child.close()
 
     def __enter__(self) -> TvmProcess:
         return self
@@ -152,36 +121,3 @@ class TvmProcess:
                 advice="fix the input shapes (&shapes=input:1x128 in the target), or use target ort:cpu",
             )
         return BackendError(f"TVM failed on {self.label}: {header['error']}", where=header.get("where"))
-
-    def _post_mortem(self) -> str:
-        try:
-            code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            return "it closed its pipe"
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode(errors="replace").strip().splitlines()
-        self.close()
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        return f"{how}; last words: {lines[-1][:300]}" if lines else how
-
-
-def _pump(stream: IO[bytes], answers: queue.Queue[Frame | None]) -> None:
-    with contextlib.suppress(OSError, ValueError):  # the stream was closed under us
-        while (frame := read_frame(cast(BinaryIO, stream))) is not None:
-            answers.put(frame)
-    answers.put(None)
-
-
-def _end(
-    process: subprocess.Popen[bytes], complaints: IO[bytes], folder: tempfile.TemporaryDirectory[str]
-) -> None:
-    # Its own session: build workers it started are in the group even where it is dead already.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
-    complaints.close()
-    folder.cleanup()

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import queue
-import subprocess
-import sys
-import tempfile
-import threading
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
-import lamina
-from lamina.backends._frames import Frame, read_frame, write_frame
+from lamina.backends._child import Child
+from lamina.backends._frames import Frame
 from lamina.backends.backend import Target
 from lamina.errors import BackendError
 
 OPEN_TIMEOUT_S = 600.0
-_PACKAGE_ROOT = str(Path(lamina.__file__).resolve().parents[1])
 ORT_LOADER = "lamina.backends._worker:OrtRunner"
 
 
@@ -45,21 +36,7 @@ class Worker:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.target, self.label, self.loader = target, label, loader
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the worker
-        paths = [_PACKAGE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
-        # trap: python -m puts the working directory first, where a numpy.py may lie (safe path: 3.11 on)
-        search = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lamina.backends._worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            env={**os.environ, **(environment or {}), **search},
-        )
-        self._answers: queue.Queue[Frame | None] = queue.Queue()
-        assert self._process.stdout is not None
-        threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True).start()
-        self._finalizer = weakref.finalize(self, _end, self._process, self._complaints)
+        self._child = Child("lamina.backends._worker", environment or {})
 
     def open(self, model: Path | bytes) -> int:
         """Open a session on a file or a serialized model; its number.
@@ -95,7 +72,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether the process still runs."""
-        return self._process.poll() is None
+        return self._child.alive
 
     def time(
         self,
@@ -149,20 +126,16 @@ class Worker:
         Raises:
             BackendError: The worker reports an error, died, or took longer than ``timeout`` seconds.
         """
-        assert self._process.stdin is not None
+        self._child.send(frame)
         try:
-            write_frame(cast(BinaryIO, self._process.stdin), frame)
-            answer = self._answers.get(timeout=timeout)
-        except (BrokenPipeError, ValueError):
-            answer = None
-        except queue.Empty:
-            self.close()
+            answer = self._child.receive(timeout)
+        except TimeoutError:
             raise BackendError(
                 f"{self._subject()}: no answer to '{frame.header['do']}' within {timeout:.0f} s",
                 advice="the process was ended; try a smaller case, or look whether the machine swaps",
             ) from None
         if answer is None:
-            raise BackendError(f"{self._subject()} died: {self._post_mortem()}")
+            raise BackendError(f"{self._subject()} died: {self._child.post_mortem()}")
         if "error" in answer.header:
             raise BackendError(
                 f"{self._subject()}: {answer.header['error']}", where=answer.header.get("where")
@@ -182,46 +155,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        self._finalizer()
+        self._child.close()
 
     def _subject(self) -> str:
         return f"timing worker for {self.label}" if self.label else "timing worker"
-
-    def _post_mortem(self) -> str:
-        try:
-            code = self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            code = None
-        self.close()
-        how = f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
-        if code == -9:
-            how += " (killed: most often out of memory)"
-        return f"{how}{self._last_words}"
-
-    @property
-    def _last_words(self) -> str:
-        if self._complaints.closed:
-            return ""
-        self._complaints.seek(0)
-        lines = self._complaints.read().decode(errors="replace").strip().splitlines()
-        return f": {lines[-1]}" if lines else ""
-
-
-def _pump(stream: IO[bytes], answers: queue.Queue[Frame | None]) -> None:
-    try:
-        while (frame := read_frame(cast(BinaryIO, stream))) is not None:
-            answers.put(frame)
-    except (OSError, ValueError):
-        pass  # the stream was closed under us: the worker is being ended
-    answers.put(None)
-
-
-def _end(process: subprocess.Popen[bytes], complaints: IO[bytes]) -> None:
-    if process.poll() is None:
-        process.kill()
-    process.wait()
-    for stream in (process.stdin, process.stdout):
-        if stream is not None:
-            with contextlib.suppress(OSError):
-                stream.close()
-    complaints.close()

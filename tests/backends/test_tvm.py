@@ -193,7 +193,7 @@ def test_a_process_that_dies_is_an_error_not_a_crash() -> None:
     with TvmProcess(1, "the test") as process:
         with pytest.raises(BackendError, match="failed"):
             process.ask({"do": "load", "library": "/nowhere/model.so", "threads": 1})
-        process._process.kill()
+        process._child._process.kill()
         with pytest.raises(BackendError, match=r"died during 'load'.*SIGKILL"):
             process.ask({"do": "load", "library": "x", "threads": 1})
 

@@ -104,9 +104,9 @@ def test_accepted_means_equal(tmp_path: Path) -> None:
         except LOUD as error:
             counts["loud"] += 1
             print(f"LOUD {case.name}: {error.what[:160]}")
-            if compiler._process.poll() is not None:
+            if compiler._child._process.poll() is not None:
                 compiler = TvmProcess(1, "conformance")
-            if runtime._process.poll() is not None:
+            if runtime._child._process.poll() is not None:
                 runtime = TvmProcess(1, "conformance")
             continue
         finally:
