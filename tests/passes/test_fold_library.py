@@ -182,7 +182,7 @@ def test_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(PassError) as error:
         fold(build("y = Relu(x)"), forms=["fuse_gelus"])
     assert str(error.value).splitlines()[0] == "no fold is called 'fuse_gelus'"
-    assert "fuse_gelu, fuse_rms_normalization" in str(error.value)
+    assert "fuse_gelu, fuse_layer_normalization" in str(error.value)
 
 
 def messy() -> Program:

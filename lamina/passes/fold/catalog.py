@@ -31,6 +31,7 @@ FOLDS: tuple[str, ...] = (
 # separate MatMuls at widths 64+32+32 and 172+172, 1 and 128 rows).
 FORMS: tuple[str, ...] = (
     "fuse_gelu",
+    "fuse_layer_normalization",
     "fuse_rms_normalization",
     "split_residual_sum",
     "convolve_shortcut",

@@ -11,7 +11,6 @@ import onnx_ir as ir
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import (
     LocalFold,
-    attribute,
     constant,
     is_op,
     other_input,
@@ -20,6 +19,7 @@ from lamina.passes.fold.graph import (
     sole_consumer,
     substitute,
 )
+from lamina.passes.fold.normalizations import averaged_axes, root_of, squared
 from lamina.passes.pass_ import Effect, Rounding
 
 
@@ -51,7 +51,7 @@ class FuseRmsNormalization(LocalFold):
 
     def match(self, node: ir.Node) -> _Match | str | None:
         """The normalization around a ReduceMean of a square."""
-        x = _squared(node.inputs[0])
+        x = squared(node.inputs[0])
         if x is None:
             return None
         shift = sole_consumer(node.outputs[0])
@@ -59,7 +59,7 @@ class FuseRmsNormalization(LocalFold):
             return None
         rank = rank_of(x)
         epsilon = scalar(other_input(shift, node.outputs[0]), rank)
-        if epsilon is None or rank is None or not _over_last_axis(node, rank):
+        if epsilon is None or rank is None or averaged_axes(node, rank) != 1:
             return "it is not the mean over the last axis, kept, plus a number"
         normalized = _divided(x, shift.outputs[0])
         if normalized is None:
@@ -81,52 +81,16 @@ class FuseRmsNormalization(LocalFold):
         rewriter.record(self.name, where, "decomposed RMS normalization")
 
 
-def _squared(value: ir.Value | None) -> ir.Value | None:
-    node = None if value is None else value.producer()
-    if node is None:
-        return None
-    if is_op(node, "Mul") and node.inputs[0] is node.inputs[1]:
-        return node.inputs[0]
-    if is_op(node, "Pow") and scalar(node.inputs[1], rank_of(node.inputs[0])) == 2.0:
-        return node.inputs[0]
-    return None
-
-
-def _over_last_axis(node: ir.Node, rank: int) -> bool:
-    axes = attribute(node, "axes", None)
-    if axes is None and len(node.inputs) > 1:
-        array = constant(node.inputs[1])
-        axes = None if array is None else array.reshape(-1).tolist()
-    return axes is not None and list(axes) in ([-1], [rank - 1]) and attribute(node, "keepdims", 1) == 1
-
-
 def _divided(x: ir.Value, variance: ir.Value) -> ir.Value | None:
     """X / sqrt(variance) in any of its spellings."""
-    root, inverse = sole_consumer(variance), False
-    if root is not None and is_op(root, "Pow") and root.inputs[0] is variance:
-        exponent = scalar(root.inputs[1], rank_of(variance))
-        if exponent not in (0.5, -0.5):
-            return None
-        inverse = exponent == -0.5
-    elif root is None or not is_op(root, "Sqrt"):
+    root = root_of(variance)
+    node = None if root is None else sole_consumer(root.value)
+    if root is None or node is None:
         return None
-    value = root.outputs[0]
-    node = sole_consumer(value)
-    if node is not None and not inverse and _is_reciprocal(node, value):
-        value, inverse = node.outputs[0], True
-        node = sole_consumer(value)
-    if node is None:
-        return None
-    if inverse:
-        return node.outputs[0] if is_op(node, "Mul") and other_input(node, value) is x else None
-    divides = is_op(node, "Div") and node.inputs[0] is x and node.inputs[1] is value
+    if root.inverse:
+        return node.outputs[0] if is_op(node, "Mul") and other_input(node, root.value) is x else None
+    divides = is_op(node, "Div") and node.inputs[0] is x and node.inputs[1] is root.value
     return node.outputs[0] if divides else None
-
-
-def _is_reciprocal(node: ir.Node, value: ir.Value) -> bool:
-    if is_op(node, "Div"):
-        return node.inputs[1] is value and scalar(node.inputs[0], rank_of(value)) == 1.0
-    return is_op(node, "Reciprocal")
 
 
 def _weighted(normalized: ir.Value, width: int) -> tuple[ir.Value | None, ir.Value]:
