@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -112,8 +113,14 @@ def compare(
     metric: Metric = None,
     target: Target = "ort:cpu",
     tolerance: Annotated[
-        float, typer.Option(help="relative to an output's largest magnitude", min=0.0)
-    ] = 1e-5,
+        float | None,
+        typer.Option(
+            help="relative to an output's largest magnitude; default 1e-5, or 8 ulps of a shorter dtype",
+            min=0.0,
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="inputs to generate", min=0)] = 16,
+    seed: Annotated[int, typer.Option(help="of the generated inputs")] = 0,
     as_json: Json = False,
 ) -> None:
     """Say whether two models are the same function; exit code 1 when they are not."""
@@ -121,13 +128,13 @@ def compare(
     from lamina.comparison import damage
     from lamina.report.terminal import comparison_table
 
-    found = run(a, b, data=data, target=target, tolerance=tolerance).to_dict()
+    found = run(a, b, data=data, target=target, tolerance=tolerance, samples=samples, seed=seed).to_dict()
     if metric is not None:
         if data is None:
             raise BudgetError("a metric needs samples", advice="give --data X.npz with what the metric reads")
         found["quality"] = dict(damage(a, b, data=data, metric=metric, target=target))
     if as_json:
-        _print_json(found)
+        _print_json(_finite(found))
     else:
         comparison_table(found)
     raise typer.Exit(0 if found["equal"] else 1)
@@ -273,6 +280,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("LAMINA_TRACEBACK"):
             raise
         sys.exit(error.exit_code)
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for numbers JSON has no word for: an infinite difference has a reason beside it."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(error: LaminaError) -> dict[str, Any]:

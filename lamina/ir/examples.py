@@ -42,7 +42,7 @@ def synthesize(model: ir.Model) -> dict[str, np.ndarray]:
         if value.name in model.graph.initializers or not value.name:
             continue
         shape = tuple(_size(value, i, d, sizes) for i, d in enumerate(value.shape or ()))
-        feeds[value.name] = _values(value, shape)
+        feeds[value.name] = draw_values(value, shape)
     return feeds
 
 
@@ -52,7 +52,7 @@ def _size(value: ir.Value, axis: int, dim: int | ir.SymbolicDim, sizes: dict[str
     symbol = str(dim.value) if dim.value is not None else ""
     if not symbol:
         return _default(value, axis)
-    known = _evaluate(symbol, sizes)
+    known = evaluate_dim(symbol, sizes)
     if known is None:
         known = sizes[symbol] = _default(value, axis)
     return known
@@ -65,7 +65,7 @@ def _default(value: ir.Value, axis: int) -> int:
     return _SPATIAL if image else _OTHER
 
 
-def _evaluate(symbol: str, sizes: dict[str, int]) -> int | None:
+def evaluate_dim(symbol: str, sizes: dict[str, int]) -> int | None:
     """A known symbol, or a sum, difference or product such as ``past_length + 1``."""
     if symbol in sizes:
         return sizes[symbol]
@@ -81,23 +81,26 @@ def _evaluate(symbol: str, sizes: dict[str, int]) -> int | None:
     return max(total, 1)
 
 
-def _values(value: ir.Value, shape: tuple[int, ...]) -> np.ndarray:
+def draw_values(
+    value: ir.Value, shape: tuple[int, ...], rng: np.random.Generator | None = None
+) -> np.ndarray:
+    """One array the input ``value`` accepts; without ``rng`` always the same one for its name and shape."""
     name = value.name or ""
     dtype = value.dtype or ir.DataType.FLOAT
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    rng = np.random.default_rng(zlib.crc32(name.encode())) if rng is None else rng
     if dtype == ir.DataType.STRING:
         return np.full(shape, "a", dtype=object)
     kind = dtype.numpy()
     if dtype == ir.DataType.BOOL or "mask" in name.lower():
         return np.ones(shape, kind)
     if dtype.is_integer():
-        return rng.integers(0, _table_rows(value), shape).astype(kind)
+        return rng.integers(0, table_rows(value), shape).astype(kind)
     if np.dtype(kind).kind == "c":
         return (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)).astype(kind)
     return rng.standard_normal(shape).astype(kind)
 
 
-def _table_rows(value: ir.Value) -> int:
+def table_rows(value: ir.Value) -> int:
     """Rows of the smallest table the value's elements index, 2 when they index none."""
     rows = math.inf
     seen, queue = {value}, [value]

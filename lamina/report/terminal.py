@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -152,15 +152,17 @@ def _warnings(console: Console, evidence: Mapping[str, Any]) -> None:
 
 
 def comparison_table(found: Mapping[str, Any]) -> None:
-    """One row an output, and the verdict."""
+    """One row an output, what differs as graphs, where the models part, and the verdict."""
     console = Console()
-    table = _table(f"{found['samples']} samples")
-    for name in ("output", "max abs", "max rel", "max ulp"):
-        table.add_column(name, justify="left" if name == "output" else "right")
+    table = _table(f"{found['samples']} inputs")
+    for name in ("output", "max abs", "mean abs", "max rel", "max ulp", "allowed"):
+        table.add_column(name, justify="left" if name == "output" else "right", overflow="fold")
     for row in found["outputs"]:
-        ulp = "" if row["max_ulp"] is None else f"{row['max_ulp']:.3g}"
-        table.add_row(escape(row["name"]), f"{row['max_abs']:.3g}", f"{row['max_rel']:.3g}", ulp)
+        numbers = (row[key] for key in ("max_abs", "mean_abs", "max_rel", "max_ulp", "tolerance"))
+        table.add_row(escape(row["name"]), *("" if n is None else f"{n:.3g}" for n in numbers))
     console.print(table)
+    for line in (*_structure(found["structure"]), *_left_out(found), *_parting(found["first_divergence"])):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     if "quality" in found:
         quality = found["quality"]
         console.print(
@@ -169,6 +171,46 @@ def comparison_table(found: Mapping[str, Any]) -> None:
         )
     word = "[green]equal[/green]" if found["equal"] else "[red]different[/red]"
     console.print(f"{word} at tolerance {found['tolerance']:g}")
+
+
+def _structure(found: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"interface: {line}" for line in found["interface"])
+    yield from (f"shapes: {line}" for line in found["shapes"])
+    if found["random"]:
+        yield f"draws random numbers, so outputs differ from run to run: {', '.join(found['random'])}"
+    for domain, (one, other) in found["opsets"].items():
+        yield f"opset of {domain}: {one} -> {other}"
+    one, other = found["nodes"]
+    kinds = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in found["operators"].items())
+    if kinds:
+        yield f"nodes: {one} -> {other} ({kinds})"
+    counts, sizes = found["initializers"], found["initializer_bytes"]
+    if counts[0] != counts[1] or sizes[0] != sizes[1]:
+        yield f"weights: {counts[0]} -> {counts[1]}, {_bytes(sizes[0])} -> {_bytes(sizes[1])}"
+
+
+def _left_out(found: Mapping[str, Any]) -> Iterator[str]:
+    yield from (f"only the second model fails on {line}" for line in found["failures"])
+    yield from (f"{o['name']}: {o['reason']} on {o['worst_input']}" for o in found["outputs"] if o["reason"])
+    if found["skipped"]:
+        yield f"{found['skipped']} inputs were skipped: the first model does not run on them"
+    if found["ill_conditioned"]:
+        yield f"{found['ill_conditioned']} edge inputs say nothing: rounding them moves the first as far"
+
+
+def _parting(found: Mapping[str, Any] | None) -> Iterator[str]:
+    if found is None:
+        return
+    yield f"the models part at '{found['name']}', made by {found['operator']} '{found['node']}'"
+    if found["matched_by"] == "value":
+        yield "  no tensor of the second model equals it (they share no inner names)"
+    if found["other_node"] is not None:
+        other = f"'{found['other_name']}', {found['other_operator']} '{found['other_node']}'"
+        yield f"  in the second model: {other}"
+    ulp = "" if found["max_ulp"] is None else f", {found['max_ulp']:.3g} ulp"
+    yield f"  max abs {found['max_abs']:.3g}, max rel {found['max_rel']:.3g}{ulp} on {found['input']}"
+    if found["agrees"]:
+        yield f"  what it is computed from agrees: {', '.join(found['agrees'])}"
 
 
 def bench_table(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
