@@ -103,6 +103,10 @@ class Fold:
         """Report name, derived from the class name."""
         return pass_name(type(self))
 
+    def idle(self, model: ir.Model) -> bool:
+        """Whether it is certain, at little cost, that :meth:`apply` would change nothing."""
+        return False
+
     def apply(self, rewriter: Rewriter) -> None:
         """Change the model under ``rewriter``, recording each change with ``rewriter.record``."""
         raise NotImplementedError

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from lamina.passes.fold.graph import every_node
 from lamina.passes.fold.library import LibraryFold, common
 from lamina.passes.pass_ import Effect, Exact
 
@@ -20,6 +21,10 @@ class EliminateIdentities(LibraryFold):
     """
 
     effect: ClassVar[Effect] = Exact()
+
+    def idle(self, model: ir.Model) -> bool:
+        """Whether there is no Identity."""
+        return not any(n.op_type == "Identity" for n in every_node(model.graph))
 
     def run(self, model: ir.Model) -> None:
         """Call the library."""

@@ -29,12 +29,14 @@ class FoldConstants(LibraryFold):
     effect: ClassVar[Effect] = Rounding(ulps=4)
 
     def run(self, model: ir.Model) -> None:
-        """Call the library."""
+        """Call the library, equal shape inferences once."""
         from onnxscript.optimizer import fold_constants
 
-        fold_constants(
-            model,
-            onnx_shape_inference=True,
-            input_size_limit=self.input_elements,
-            output_size_limit=self.output_elements,
-        )
+        from lamina.passes.fold.remembered_inference import remembering_pass
+
+        limits = {"input_size_limit": self.input_elements, "output_size_limit": self.output_elements}
+        fast = remembering_pass()
+        if fast is None:
+            fold_constants(model, onnx_shape_inference=True, **limits)
+        else:
+            fast(shape_inference=True, **limits)(model)

@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
-from lamina.passes.fold.graph import constant
+from lamina.passes.fold.graph import constant, every_node
 from lamina.passes.pass_ import Fold
 
 _RANDOM = frozenset(
@@ -32,6 +32,8 @@ def is_fenced(node: ir.Node) -> bool:
     if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
         mode = constant(node.inputs[2])
         return mode is None or bool(mode.any())
+    if node.op_type == "CastLike" and node.attributes:  # trap: onnxscript's Cast forgets saturate=0
+        return True
     return any(not v.name for v in node.outputs)  # trap: CSE would let a left-out output stand for a used one
 
 
@@ -41,13 +43,20 @@ def is_stuck_identity(node: ir.Node) -> bool:
     if node.op_type != "Identity" or source is None or not result.is_graph_output():
         return False
     producer = source.producer()
+    while producer is not None and producer.op_type == "Identity" and producer.graph is node.graph:
+        source = producer.inputs[
+            0
+        ]  # trap: the Identity in between goes first, and its source is what is left
+        if source is None:
+            return True
+        producer = source.producer()
     return source.is_graph_output() or producer is None or producer.graph is not node.graph
 
 
 @contextmanager
 def protected(model: ir.Model) -> Iterator[None]:
     """Hide fenced nodes from library passes."""
-    hidden = [n for n in model.graph.all_nodes() if is_fenced(n) or is_stuck_identity(n)]
+    hidden = [n for n in every_node(model.graph) if is_fenced(n) or is_stuck_identity(n)]
     domains = [n.domain for n in hidden]
     for i, node in enumerate(hidden):
         node.domain = f"lamina.fenced.{i}"
@@ -62,7 +71,7 @@ def adopt_names(model: ir.Model, owners: dict[str, str], rewriter: Rewriter) -> 
     """Name what a library added: a node after the node that gave its output before, else freshly."""
     known, used = set(owners.values()), set()
     newcomers: list[ir.Node] = []
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         if node.name in known and node.name not in used:
             used.add(node.name)
         else:
@@ -89,8 +98,9 @@ class LibraryFold(Fold):
     def apply(self, rewriter: Rewriter) -> None:
         """Run the library pass behind the fence, then restore names and record what it removed."""
         model = rewriter.model
-        owners = {v.name: n.name for n in model.graph.all_nodes() for v in n.outputs if v.name and n.name}
-        nodes_before = {n.name: n.op_type for n in model.graph.all_nodes()}
+        nodes = list(every_node(model.graph))
+        owners = {v.name: n.name for n in nodes for v in n.outputs if v.name and n.name}
+        nodes_before = {n.name: n.op_type for n in nodes}
         weights_before = len(model.graph.initializers)
         with protected(model):
             self.run(model)
@@ -98,7 +108,7 @@ class LibraryFold(Fold):
         self._record(rewriter, nodes_before, weights_before)
 
     def _record(self, rewriter: Rewriter, before: dict[str | None, str], weights_before: int) -> None:
-        after = {n.name: n.op_type for n in rewriter.model.graph.all_nodes()}
+        after = {n.name: n.op_type for n in every_node(rewriter.model.graph)}
         for name, op_type in before.items():
             now = after.get(name)
             if now != op_type:

@@ -21,10 +21,11 @@ from lamina.passes.fold.catalog import (
     canonical,
     load,
 )
-from lamina.passes.fold.graph import LocalFold
+from lamina.passes.fold.graph import LocalFold, every_node
 from lamina.passes.pass_ import Fold
 
 _ROUNDS = 4
+Fingerprint = tuple[int, ...]
 
 
 def form_names() -> tuple[str, ...]:
@@ -72,8 +73,9 @@ def apply_named(program: Program, names: Sequence[str]) -> Program:
         VerificationError: A pass broke an invariant or the interface; names the pass.
     """
     model = program.clone().model
+    now = fingerprint(model)
     for name in names:
-        model = _guarded(canonical(name), model, program, [])
+        model, now = _guarded(canonical(name), model, now, program, [])
     return program.with_model(model)
 
 
@@ -94,23 +96,29 @@ class _Run:
     applied: list[str] = field(default_factory=list)
     records: list[Rewrite] = field(default_factory=list)
     banned: set[str] = field(default_factory=set)
+    _now: Fingerprint = field(init=False)
+    _settled: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model = self.program.clone().model
+        self._now = fingerprint(self.model)
 
     def step(self, name: str) -> bool:
         """Run one pass; whether it changed anything. A failure restores the model and bans the pass."""
         if name in self.banned or (name in SUPERLINEAR and len(self.model.graph) > SUPERLINEAR_MAX_NODES):
             return False
-        before = fingerprint(self.model)
+        if self._settled.get(name) == len(self.applied):
+            return False  # nothing changed since this pass found nothing to do
         records: list[Rewrite] = []
         try:
-            self.model = _guarded(name, self.model, self.program, records)
+            self.model, now = _guarded(name, self.model, self._now, self.program, records)
         except Exception as error:  # a library's bug must not stop the user; it is on record
             self._undo(name, error)
             return False
-        if fingerprint(self.model) == before:
+        if now == self._now:
+            self._settled[name] = len(self.applied)
             return False
+        self._now = now
         self.applied.append(name)
         self.records.extend(records)
         return True
@@ -121,44 +129,52 @@ class _Run:
         reason = error.what if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
         self.records.append(Rewrite(load(name).name, "model", f"undone: {reason.splitlines()[0][:200]}"))
         self.model = apply_named(self.program, self.applied).model
+        self._now = fingerprint(self.model)
 
 
-def _guarded(name: str, model: ir.Model, program: Program, records: list[Rewrite]) -> ir.Model:
-    """Run one pass on ``model`` in place, and check structure and interface if it changed something."""
+def _guarded(
+    name: str, model: ir.Model, before: Fingerprint, program: Program, records: list[Rewrite]
+) -> tuple[ir.Model, Fingerprint]:
+    """Run one pass on ``model`` in place, and check structure and interface if it changed something.
+
+    Returns the model and its fingerprint, which was ``before``.
+    """
     found = load(name)
-    before = fingerprint(model)
+    if found.idle(model):
+        return model, before
     model = _with_opset(found, model)
     rewriter = Rewriter(model)
     if not isinstance(found, LocalFold) or found.minimum_opset <= model.opset_imports.get("", 1):
         found.apply(rewriter)
     records.extend(rewriter.records)
-    if fingerprint(model) != before:
+    after = fingerprint(model)
+    if after != before:
         _keep_interface(found.name, model, program)
         _verify(model, found.name)
-    return model
+    return model, after
 
 
 def _with_opset(found: Fold, model: ir.Model) -> ir.Model:
-    """Raise the opset where ``found`` needs it and has something to do."""
-    if not isinstance(found, LocalFold) or model.opset_imports.get("", 1) >= found.minimum_opset:
-        return model
-    if not found.fires(model):
-        return model
-
-    raise_opset(model, found.minimum_opset)
+    """Raise the opset where ``found``, which has something to do, needs it."""
+    if isinstance(found, LocalFold) and model.opset_imports.get("", 1) < found.minimum_opset:
+        raise_opset(model, found.minimum_opset)
     return model
 
 
-def fingerprint(model: ir.Model) -> tuple[int, ...]:
+def fingerprint(model: ir.Model) -> Fingerprint:
     """Numbers that differ when nodes, edges, names or types do; valid while the model lives."""
     parts = [hash((tuple(sorted(model.opset_imports.items())), tuple(model.graph.initializers)))]
-    for node in model.graph.all_nodes():
-        outputs = tuple((v.name, v.dtype, str(v.shape)) for v in node.outputs)
-        inputs = tuple(None if v is None else v.name for v in node.inputs)
+    for node in every_node(model.graph):
         label = (id(node), node.name, node.domain, node.op_type, len(node.attributes))
-        parts.append(hash((label, inputs, outputs)))
+        inputs = tuple([None if v is None else v.name for v in node.inputs])
+        parts.append(hash((label, inputs, tuple([_kind(v) for v in node.outputs]))))
     parts.append(hash(tuple(v.name for v in model.graph.outputs)))
     return tuple(parts)
+
+
+def _kind(value: ir.Value) -> tuple[object, ...]:
+    shape = value.shape
+    return (value.name, value.dtype, None if shape is None else tuple([str(d) for d in shape.dims]))
 
 
 def _keep_interface(pass_name: str, model: ir.Model, program: Program) -> None:

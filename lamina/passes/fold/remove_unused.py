@@ -8,6 +8,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
+from lamina.passes.fold.graph import every_node
 from lamina.passes.fold.library import LibraryFold, common
 from lamina.passes.pass_ import Effect, Exact
 
@@ -22,6 +23,14 @@ class RemoveUnused(LibraryFold):
 
     effect: ClassVar[Effect] = Exact()
 
+    def idle(self, model: ir.Model) -> bool:
+        """Whether everything is read."""
+        if model.functions or set(model.opset_imports) - {""}:
+            return False
+        if not all(_read(v) for graph in model.graphs() for v in graph.initializers.values()):
+            return False
+        return all(_read(v) for n in every_node(model.graph) for v in n.outputs)
+
     def run(self, model: ir.Model) -> None:
         """Call the library."""
         common("RemoveUnusedNodesPass")(model)
@@ -31,3 +40,7 @@ class RemoveUnused(LibraryFold):
         super().apply(rewriter)
         common("RemoveUnusedFunctionsPass")(rewriter.model)
         common("RemoveUnusedOpsetsPass")(rewriter.model)
+
+
+def _read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output() or value.is_graph_input()
