@@ -63,7 +63,7 @@ def test_reference_model_keeps_its_function(name: str) -> None:
     assert {op: ops(after)[op] for op in CASES[name]} == CASES[name]
     kept = {n.name for n in before.graph}
     added = [n.name for n in after.graph if n.name not in kept]
-    assert all(re.search(r"^lamina_|_rotary$|_split$|_projection$", n) for n in added)
+    assert all(re.search(r"^lamina_|_rotary$|_split$|_projection$|_rms$", n) for n in added)
     first, second = session(before), session(after)
     for batch in (1, 2):
         feed = feeds(before, batch)
