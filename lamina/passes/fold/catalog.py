@@ -19,7 +19,6 @@ FOLDS: tuple[str, ...] = (
     "fold_constants",
     "simplify_patterns",
     "fold_affine",
-    "fold_affine",
     "drop_redundant_relu",
     "chain_residual_sums",
     "deduplicate_initializers",
