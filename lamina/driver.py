@@ -99,6 +99,7 @@ def optimize(
         for name in names:
             get_transform(name)
         program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
+        program.require_tensors()
         chosen = get_metric(metric, program)
         splits = load_splits(data, program, seed=seed, batch_size=batch_size)
         check_samples(program, splits, chosen)

@@ -82,7 +82,9 @@ def analyze(
     Raises:
         DataError: The data does not fit the program.
         BackendError: ONNX Runtime refuses the program or the inputs.
+        UnsupportedOperator: An input or output is not a tensor.
     """
+    program.require_tensors()
     feeds = _feeds(program, dataset, workload)
     found = find_branches(program)
     costs = cost(program, feeds)

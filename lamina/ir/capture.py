@@ -44,13 +44,13 @@ def capture(
     """
     if isinstance(model, Program):
         return model if example_inputs is None else _with_example(model, example_inputs)
-    with _collector_paused():
+    with collector_paused():
         return _capture(model, example_inputs, dynamic_shapes, name)
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
-    """Half the time of reading 100,000 nodes went into looking for garbage among them."""
+def collector_paused() -> Iterator[None]:
+    """Keep Python from looking for garbage among 100,000 nodes: half the time of reading them went there."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -85,7 +85,9 @@ def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any, name: str | N
 def _program(model: ir.Model, source: str, example_inputs: Any) -> Program:
     program = Program(model, source)
     if example_inputs is None:
-        return replace(program, example=synthesize(model), example_is_synthetic=True)
+        made = synthesize(model)
+        tensors = {p.name: made[p.name] for p in program.inputs if p.kind == "tensor"}
+        return replace(program, example=tensors, example_is_synthetic=True)
     return _with_example(program, example_inputs)
 
 
@@ -98,7 +100,9 @@ def match_inputs(program: Program, given: Any) -> dict[str, np.ndarray]:
 
     Raises:
         DataError: Names, number, rank, fixed dims or dtypes do not fit.
+        UnsupportedOperator: An input is not a tensor.
     """
+    program.require_tensors()
     ports = program.inputs
     if isinstance(given, Mapping):
         named = dict(given)

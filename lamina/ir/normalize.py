@@ -16,7 +16,7 @@ from lamina.ir.names import make_names_unique, subgraphs
 from lamina.ir.skeleton import skeleton
 from lamina.ir.tensors import ExternalFiles, own, shape_of
 
-OLDEST, NEWEST = 13, 25
+OLDEST = 13  # what older models are raised to
 # What onnxruntime registers kernels for besides the standard set: carried through, never looked into.
 OPAQUE_DOMAINS = frozenset(
     {"ai.onnx.ml", "ai.onnx.preview.training", "com.microsoft", "com.microsoft.nchwc", "com.ms.internal.nhwc"}
@@ -104,11 +104,12 @@ def _check_opset(model: ir.Model, source: str) -> None:
         if any(n.domain in STANDARD for n in _every_node(model)):
             raise CaptureError("the model does not say its opset", where=source, advice=_EXPORT_AGAIN)
         model.opset_imports[""] = 20
-    elif not opset.OLDEST <= version <= NEWEST:
+    elif not opset.OLDEST <= version <= onnx.defs.onnx_opset_version():
+        newest = onnx.defs.onnx_opset_version()
         raise UnsupportedOperator(
             f"opset {version} is not supported",
             where=source,
-            advice=f"export the model with opset {OLDEST} to {NEWEST}",
+            advice=f"export the model with opset {OLDEST} to {newest}; a newer onnx package knows newer ones",
         )
 
 
@@ -248,12 +249,6 @@ def _tidy_interface(model: ir.Model, source: str) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if not value.name:
             raise CaptureError("an input or output has no name", where=source, advice=_EXPORT_AGAIN)
-        if value.type is not None and not isinstance(value.type, ir.TensorType):
-            raise UnsupportedOperator(
-                f"'{value.name}' is not a tensor but a {type(value.type).__name__}",
-                where=source,
-                advice="lamina takes models whose inputs and outputs are tensors",
-            )
         if value.shape is not None and any(isinstance(d, int) and d < 0 for d in value.shape):
             # Some exporters write -1 for a dynamic dim; runtimes read it as one, onnx's checker does not.
             value.shape = ir.Shape([None if isinstance(d, int) and d < 0 else d for d in value.shape])

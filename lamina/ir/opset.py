@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import onnx
@@ -11,8 +12,11 @@ import onnx_ir as ir
 from lamina.errors import UnsupportedOperator
 from lamina.ir.names import subgraphs
 from lamina.ir.opset_adapters import ADAPTERS, Adapter, Builder, refusal
+from lamina.ir.opset_legacy import LEGACY_ADAPTERS
 
-OLDEST, NEWEST = 7, 25
+OLDEST, NEWEST = 1, 25
+_ALL_ADAPTERS = {**LEGACY_ADAPTERS, **ADAPTERS}
+_HINT = "consumed_inputs"  # until opset 6: which inputs' memory may be reused; it says nothing about values
 
 
 def raise_opset(model: ir.Model, version: int) -> None:
@@ -22,7 +26,7 @@ def raise_opset(model: ir.Model, version: int) -> None:
     model uses still means the same. Names and metadata stay. Nothing is changed when this raises.
 
     Args:
-        model: A normalized model (no functions), opset 7 or newer.
+        model: A normalized model (no functions).
         version: 13 to 25; a version the model already has or exceeds changes nothing.
 
     Raises:
@@ -40,6 +44,8 @@ def raise_opset(model: ir.Model, version: int) -> None:
     for node, adapter in work:
         adapter.check(node)
     builder = Builder(model)
+    for node in nodes:
+        node.attributes.pop(_HINT, None)
     for node, adapter in work:
         adapter.change(node, builder)
     model.opset_imports[""] = version
@@ -58,7 +64,7 @@ def _adapters(node: ir.Node, have: int, version: int) -> Iterator[Adapter]:
     """What must be done to ``node`` on the way, oldest step first."""
     adapted = False
     for old, new in pairwise(_definitions(node.op_type, have, version)):
-        adapter = ADAPTERS.get((node.op_type, new))
+        adapter = _ALL_ADAPTERS.get((node.op_type, new))
         if adapter is not None:
             yield adapter
             adapted = True
@@ -67,7 +73,9 @@ def _adapters(node: ir.Node, have: int, version: int) -> Iterator[Adapter]:
         elif _schema(node.op_type, new).deprecated:
             raise refusal(node, f"version {new} does away with it")
         else:
-            _check_attributes(node, old, new)
+            pinned = _check_attributes(node, old, new)
+            if pinned:
+                yield Adapter(partial(_pin, pinned))
             if not adapted:  # an adapter leaves the node with the inputs the newer definition wants
                 _check_arity(node, new)
 
@@ -94,20 +102,33 @@ def _schema(op_type: str, version: int) -> onnx.defs.OpSchema:
     return next(s for s in _all_schemas()[op_type] if s.since_version == version)
 
 
-def _check_attributes(node: ir.Node, old: int, new: int) -> None:
-    """Whether the newer schema still has the attributes the node sets and the defaults it relies on."""
+def _check_attributes(node: ir.Node, old: int, new: int) -> list[onnx.AttributeProto]:
+    """Whether the newer schema has the attributes the node sets; the defaults it changes, as they were."""
     before, after = _schema(node.op_type, old), _schema(node.op_type, new)
     for name in node.attributes:
-        if name in before.attributes and name not in after.attributes:
+        if name in before.attributes and name not in after.attributes and name != _HINT:
             raise refusal(node, f"attribute '{name}' is gone in version {new}")
+    changed = []
     for name, attribute in after.attributes.items():
         if name in node.attributes:
             continue
-        if attribute.required:
-            raise refusal(node, f"version {new} needs attribute '{name}'")
         known = before.attributes.get(name)
-        if known is not None and known.default_value != attribute.default_value:
+        if attribute.required:
+            if known is None or not known.required:  # else it is there, or an adapter puts it there
+                raise refusal(node, f"version {new} needs attribute '{name}'")
+            continue
+        if known is None or known.default_value == attribute.default_value:
+            continue
+        if not known.default_value.type or known.type != attribute.type:
             raise refusal(node, f"the default of attribute '{name}' changed in version {new}")
+        changed.append(known.default_value)
+    return changed
+
+
+def _pin(defaults: list[onnx.AttributeProto], node: ir.Node, builder: Builder) -> None:
+    for default in defaults:
+        attribute = ir.serde.deserialize_attribute(default)
+        node.attributes.setdefault(attribute.name, attribute)
 
 
 def _check_arity(node: ir.Node, new: int) -> None:

@@ -9,6 +9,8 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
+from lamina.errors import UnsupportedOperator
+
 Dim = int | str | None
 
 
@@ -20,11 +22,13 @@ class Port:
         name: Tensor name.
         dtype: Element type.
         shape: One entry a dimension: an int, the name of a dynamic dim, or None where unknown.
+        kind: ``tensor``, ``sequence``, ``optional``, ``sparse tensor`` or ``map``.
     """
 
     name: str
     dtype: ir.DataType
     shape: tuple[Dim, ...]
+    kind: str = "tensor"
 
     @property
     def numpy_dtype(self) -> np.dtype[np.generic]:
@@ -78,6 +82,20 @@ class Program:
 
         return fingerprint(self.model)
 
+    def require_tensors(self) -> None:
+        """Say that a sequence, an optional or a map at the interface is more than the caller can handle.
+
+        Raises:
+            UnsupportedOperator: An input or output is not a tensor; names it.
+        """
+        for port in (*self.inputs, *self.outputs):
+            if port.kind != "tensor":
+                raise UnsupportedOperator(
+                    f"'{port.name}' is not a tensor but a {port.kind}",
+                    where=self.source,
+                    advice="give a model whose inputs and outputs are tensors; this one can only be folded",
+                )
+
     def clone(self) -> Program:
         """A copy whose graph can be changed; weights are shared, so it costs nodes, not bytes."""
         return Program(self.model.clone(), self.source, self.example, self.example_is_synthetic)
@@ -87,8 +105,16 @@ class Program:
         return Program(model, self.source, self.example, self.example_is_synthetic)
 
 
+_KINDS: dict[type, str] = {
+    ir.SequenceType: "sequence",
+    ir.OptionalType: "optional",
+    ir.SparseTensorType: "sparse tensor",
+}
+
+
 def _port(value: ir.Value) -> Port:
     shape: tuple[Dim, ...] = ()
     if value.shape is not None:
         shape = tuple(d if isinstance(d, int) else d.value for d in value.shape)
-    return Port(value.name or "", value.dtype or ir.DataType.UNDEFINED, shape)
+    kind = "tensor" if value.type is None else _KINDS.get(type(value.type), "tensor")
+    return Port(value.name or "", value.dtype or ir.DataType.UNDEFINED, shape, kind)

@@ -285,7 +285,7 @@ def test_an_unknown_operator_is_named() -> None:
     assert _fails(model, UnsupportedOperator).what == "Rleu 'relu' is not an ONNX operator"
 
 
-@pytest.mark.parametrize("version", [6, 26])
+@pytest.mark.parametrize("version", [0, onnx.defs.onnx_opset_version() + 1])
 def test_opsets_outside_the_range(version: int) -> None:
     model = mlp()
     model.opset_import[0].version = version
@@ -326,12 +326,21 @@ def test_weights_that_do_not_fit_their_shape() -> None:
     _fails(model, CaptureError, "weight 'w1' does not fit its shape")
 
 
-def test_sequence_inputs_and_sparse_weights_are_named() -> None:
+def test_sequence_inputs_pass_and_are_named_where_tensors_are_needed() -> None:
     kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
     model = mlp()
     model.graph.node.append(helper.make_node("ConcatFromSequence", ["s"], ["z"], axis=0))
     model.graph.input.append(helper.make_value_info("s", kind))
-    _fails(model, UnsupportedOperator, "'s' is not a tensor")
+    program = capture(model)
+    assert [p.kind for p in program.inputs] == ["tensor", "sequence"]
+    assert list(program.example) == ["x"]
+    with pytest.raises(UnsupportedOperator, match="'s' is not a tensor but a sequence"):
+        program.require_tensors()
+    with pytest.raises(UnsupportedOperator, match="'s' is not a tensor but a sequence"):
+        capture(model, example_inputs=program.example)
+
+
+def test_sparse_weights_are_named() -> None:
     model = mlp()
     values = helper.make_tensor("sparse_w", TensorProto.FLOAT, [1], [1.0])
     indices = helper.make_tensor("i", TensorProto.INT64, [1], [0])
