@@ -51,9 +51,11 @@ def _emit_all(program: Program, moves: Sequence[Move]) -> Program:
         raise_opset(clone.model, version)
     rewriter = Rewriter(clone.model)
     finishers: list[Callable[[], None]] = []
-    for move in moves:
+    # trap: dropping a sum that is an interface output hands its name to the one before it
+    outputs = [site_outputs(move, rewriter) for move in moves]
+    for move, replaced in zip(moves, outputs, strict=True):
         transform = get_transform(move.site.transform)
-        emit_move(transform, move, rewriter)
+        emit_move(transform, move, rewriter, replaced)
         finish = getattr(transform, "finish", None)
         if finish is not None:
             finishers.append(partial(finish, move.site, rewriter))
@@ -62,8 +64,38 @@ def _emit_all(program: Program, moves: Sequence[Move]) -> Program:
     return clone
 
 
-def emit_move(transform: Transform, move: Move, rewriter: Rewriter) -> None:
-    """Emit one option in place and let every reader use it; the old nodes stay, unread."""
+def emit_move(
+    transform: Transform, move: Move, rewriter: Rewriter, outputs: Sequence[ir.Value] | None = None
+) -> None:
+    """Emit one option in place and let every reader use it; the old nodes stay, unread.
+
+    Args:
+        transform: Who offered the move.
+        move: What to emit.
+        rewriter: Of the program.
+        outputs: What :func:`site_outputs` found before other moves of the same plan changed names.
+    """
+    nodes = _site_nodes(move, rewriter)
+    replaced = site_outputs(move, rewriter) if outputs is None else outputs
+    rewriter.at(nodes[move.site.nodes[-1]])
+    emitted = transform.emit(move.site, move.option, rewriter, nodes)
+    rewriter.at(None)
+    for old, new in zip(replaced, emitted, strict=True):
+        rewriter.replace_uses(old, new)
+    rewriter.record(move.site.transform, move.site.name, move.option.name)
+
+
+def site_outputs(move: Move, rewriter: Rewriter) -> list[ir.Value]:
+    """The values that the move's site gives to the rest of the program, as its outputs are named now.
+
+    Raises:
+        PassError: The program lacks a node or an output of the site.
+    """
+    nodes = _site_nodes(move, rewriter)
+    return [_output(nodes, name) for name in move.site.outputs]
+
+
+def _site_nodes(move: Move, rewriter: Rewriter) -> dict[str, ir.Node]:
     nodes: dict[str, ir.Node] = {}
     for name in move.site.nodes:
         if not rewriter.has_node(name):
@@ -73,13 +105,7 @@ def emit_move(transform: Transform, move: Move, rewriter: Rewriter) -> None:
                 advice="the plan was made for another model or another version of lamina",
             )
         nodes[name] = rewriter.node(name)
-    outputs = [_output(nodes, name) for name in move.site.outputs]
-    rewriter.at(nodes[move.site.nodes[-1]])
-    emitted = transform.emit(move.site, move.option, rewriter, nodes)
-    rewriter.at(None)
-    for old, new in zip(outputs, emitted, strict=True):
-        rewriter.replace_uses(old, new)
-    rewriter.record(move.site.transform, move.site.name, move.option.name)
+    return nodes
 
 
 def _output(nodes: dict[str, ir.Node], name: str) -> ir.Value:

@@ -110,6 +110,8 @@ class _Builder:
     def _free_interface(self) -> None:
         """Put an Identity before each interface output, so that every value a choice makes may move."""
         for value in tuple(self.model.graph.outputs):
+            if value.producer() is None:
+                continue  # an input handed out: it keeps its name, and no choice makes it
             copy = self.rewriter.op("Identity", [value], name="lamina_interface")
             name, kind, shape = value.name, value.type, value.shape
             value.name = self.rewriter.fresh(f"{name}_before")

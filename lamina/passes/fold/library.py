@@ -34,29 +34,47 @@ def is_fenced(node: ir.Node) -> bool:
         return mode is None or bool(mode.any())
     if node.op_type == "CastLike" and node.attributes:  # trap: onnxscript's Cast forgets saturate=0
         return True
+    if node.op_type == "SplitToSequence" and len(node.inputs) > 1 and node.inputs[1] is not None:
+        return constant(node.inputs[1]) is None  # trap: onnxscript takes for granted that it is known
     return any(not v.name for v in node.outputs)  # trap: CSE would let a left-out output stand for a used one
 
 
-def is_stuck_identity(node: ir.Node) -> bool:
-    """Whether removing this Identity would lose an output's name: the interface or a subgraph needs it."""
-    source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
-    if node.op_type != "Identity" or source is None or not result.is_graph_output():
-        return False
-    producer = source.producer()
+def stuck_identities(model: ir.Model) -> set[ir.Node]:
+    """The Identity nodes whose removal would lose an output's name: the interface or a subgraph needs them."""
+    stuck, named = set(), set()
+    for node in every_node(model.graph):
+        if node.op_type != "Identity" or not node.inputs or not node.outputs[0].is_graph_output():
+            continue
+        source = _source(node)
+        producer = None if source is None else source.producer()
+        if (
+            source is None
+            or source in named
+            or source.is_graph_output()
+            or producer is None
+            or producer.graph is not node.graph
+        ):
+            stuck.add(node)
+        else:
+            named.add(source)  # trap: it takes this output's name, so a second output must keep its own
+    return stuck
+
+
+def _source(node: ir.Node) -> ir.Value | None:
+    """What is left of an Identity's input when the Identity nodes before it, in its graph, are gone."""
+    source = node.inputs[0]
+    producer = None if source is None else source.producer()
     while producer is not None and producer.op_type == "Identity" and producer.graph is node.graph:
-        source = producer.inputs[
-            0
-        ]  # trap: the Identity in between goes first, and its source is what is left
-        if source is None:
-            return True
-        producer = source.producer()
-    return source.is_graph_output() or producer is None or producer.graph is not node.graph
+        source = producer.inputs[0]
+        producer = None if source is None else source.producer()
+    return source
 
 
 @contextmanager
 def protected(model: ir.Model) -> Iterator[None]:
     """Hide fenced nodes from library passes."""
-    hidden = [n for n in every_node(model.graph) if is_fenced(n) or is_stuck_identity(n)]
+    stuck = stuck_identities(model)
+    hidden = [n for n in every_node(model.graph) if n in stuck or is_fenced(n)]
     domains = [n.domain for n in hidden]
     for i, node in enumerate(hidden):
         node.domain = f"lamina.fenced.{i}"

@@ -1,0 +1,117 @@
+"""One small test for each bug that random models found."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto, helper
+from onnx_tools import proto, run
+
+from lamina.ir.capture import capture
+from lamina.ir.program import Program
+from lamina.passes.drop_branch import DropBranch
+from lamina.passes.fold import fold
+from lamina.passes.pass_ import Site
+from lamina.planner.apply import apply_moves
+from lamina.planner.plan import Move
+from lamina.planner.space import Space
+from lamina.planner.supergraph import FLAGS, build_supergraph
+
+FEEDS = {"x": np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)}
+
+
+def _undone(records: list[object]) -> list[str]:
+    return [str(r) for r in records if "undone" in str(r)]
+
+
+def test_two_outputs_that_are_the_same_value() -> None:
+    nodes = [
+        helper.make_node("Relu", ["x"], ["r"]),
+        helper.make_node("Identity", ["r"], ["i"]),
+        helper.make_node("Identity", ["i"], ["y"]),
+        helper.make_node("Identity", ["r"], ["z"]),
+    ]
+    model = proto(nodes, {"x": ["n", 4]}, {"y": ["n", 4], "z": ["n", 4]})
+    folded, _, records = fold(capture(model))
+    assert not _undone(records)
+    assert len(folded.graph) == 2
+    for got, expected in zip(run(folded.model, FEEDS), run(model, FEEDS), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_a_subgraph_that_hands_an_outer_value_on_through_two_identities() -> None:
+    def branch(label: str) -> object:
+        nodes = [
+            helper.make_node("Identity", ["x"], [f"{label}_a"]),
+            helper.make_node("Identity", [f"{label}_a"], [f"{label}_b"]),
+        ]
+        return helper.make_graph(
+            nodes, label, [], [helper.make_tensor_value_info(f"{label}_b", TensorProto.FLOAT, None)]
+        )
+
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Greater", ["s", "zero"], ["c"]),
+        helper.make_node("If", ["c"], ["y"], then_branch=branch("t"), else_branch=branch("e")),
+    ]
+    model = proto(nodes, {"x": ["n", 4]}, {"y": ["n", 4]}, {"zero": np.float32(0)})
+    folded, _, _ = fold(capture(model))
+    np.testing.assert_array_equal(run(folded.model, FEEDS)[0], FEEDS["x"])
+
+
+def test_a_materialized_reshape_below_opset_14_has_no_allowzero() -> None:
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Gather", ["s", "zero"], ["n"], axis=0),
+        helper.make_node("Unsqueeze", ["n", "axes"], ["n1"]),
+        helper.make_node("Concat", ["n1", "rest"], ["target"], axis=0),
+        helper.make_node("Reshape", ["x", "target"], ["y"]),
+    ]
+    weights = {"zero": np.array(0), "axes": np.array([0]), "rest": np.array([2, 2])}
+    model = proto(nodes, {"x": ["n", 4]}, {"y": ["n", 2, 2]}, weights, opset=13)
+    folded, _, _ = fold(capture(model))
+    np.testing.assert_array_equal(run(folded.model, FEEDS)[0], FEEDS["x"].reshape(2, 2, 2))
+
+
+def _two_branches() -> Program:
+    """``x + f(x)`` and another branch on top, both sums handed out, and the input too."""
+    rng = np.random.default_rng(1)
+    weights = {k: rng.standard_normal((4, 4)).astype(np.float32) for k in ("w1", "w2")}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["m1"], "m1"),
+        helper.make_node("Relu", ["m1"], ["r1"], "r1"),
+        helper.make_node("Add", ["x", "r1"], ["s1"], "s1"),
+        helper.make_node("MatMul", ["s1", "w2"], ["m2"], "m2"),
+        helper.make_node("Relu", ["m2"], ["r2"], "r2"),
+        helper.make_node("Add", ["s1", "r2"], ["s2"], "s2"),
+    ]
+    return capture(proto(nodes, {"x": ["n", 4]}, {"s2": ["n", 4], "x": ["n", 4]}, weights))
+
+
+def _drops(program: Program) -> list[Move]:
+    transform = DropBranch()
+    sites = [s for s in transform.sites(program) if isinstance(s, Site)]
+    return [Move(s, transform.options(s, program, None, None)[0]) for s in sites]
+
+
+def test_dropping_an_output_sum_before_the_sum_it_reads() -> None:
+    program = _two_branches()
+    moves = _drops(program)
+    assert len(moves) == 2
+    for order in (moves, moves[::-1]):
+        dropped = apply_moves(program, order)
+        assert [p.name for p in dropped.outputs] == ["s2", "x"]
+        np.testing.assert_array_equal(run(dropped.model, FEEDS)[0], FEEDS["x"])
+
+
+def test_a_supergraph_of_a_program_that_hands_an_input_out() -> None:
+    program = _two_branches()
+    transform = DropBranch()
+    from lamina.analysis.statistics import Statistics
+    from lamina.planner.space import build_space
+
+    space: Space = build_space(program, [transform], Statistics(0), None)  # type: ignore[arg-type]
+    graph = build_supergraph(space)
+    expected = run(program.model, FEEDS)
+    got = run(graph.model, {**FEEDS, FLAGS: graph.flags(space.nothing)})
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
