@@ -35,6 +35,7 @@ FORMS: tuple[str, ...] = (
     "fuse_layer_normalization",
     "fuse_rms_normalization",
     "fold_layernorm_mean",
+    "fold_norm_affine",
     "split_residual_sum",
     "convolve_shortcut",
     "compose_projections",
