@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
+
 import onnx
 import onnx_ir as ir
 
-from lamina.errors import CaptureError, VerificationError
+from lamina.errors import BudgetError, CaptureError, VerificationError
 from lamina.ir.names import subgraphs
 from lamina.ir.normalize import check_valid, label
 from lamina.ir.program import Program
 from lamina.ir.schemas import KNOWN_DOMAINS, fault_of_operator, fault_of_types, type_text
 from lamina.ir.skeleton import skeleton
 from lamina.ir.tensors import shape_of
+
+
+def verify_all() -> bool:
+    """Whether ``LAMINA_VERIFY=all`` asks for every check, execution included, after every single change.
+
+    Raises:
+        BudgetError: The variable says something else.
+    """
+    level = os.environ.get("LAMINA_VERIFY", "")
+    if level not in ("", "all"):
+        raise BudgetError(
+            f"LAMINA_VERIFY={level} is not understood",
+            advice="set it to all, or unset it for structure after every pass",
+        )
+    return level == "all"
 
 
 def verify_structure(subject: Program | ir.Model, pass_name: str = "") -> None:
