@@ -160,9 +160,9 @@ def _guarded(
     if not isinstance(found, LocalFold) or found.minimum_opset <= model.opset_imports.get("", 1):
         found.apply(rewriter)
     records.extend(rewriter.records)
+    _keep_interface(found.name, model, program)
     after = fingerprint(model)
     if after != before:
-        _keep_interface(found.name, model, program)
         _verify(model, found.name)
     return model, after
 
