@@ -98,7 +98,7 @@ def evaluate_dim(symbol: str, sizes: dict[str, int]) -> int | None:
     parts = re.split(r"\s*([-+*])\s*", symbol.strip())
     if len(parts) < 3:
         return None
-    terms = [int(p) if p.isdecimal() and len(p) <= _LONGEST else sizes.get(p) for p in parts[0::2]]
+    terms = [int(p) if p.isdecimal() and len(p) <= 12 else sizes.get(p) for p in parts[0::2]]
     if any(t is None for t in terms):
         return None
     total = terms[0] or 0
