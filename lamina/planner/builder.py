@@ -91,6 +91,10 @@ class Builder:
         """Whether neither the candidate nor one of its moves proved broken."""
         return genome not in self.failed and not self.broken.intersection(enumerate(genome))
 
+    def blameless(self, genome: Genome) -> bool:
+        """Whether no single move of a broken candidate is broken on its own."""
+        return not self.broken.intersection(enumerate(genome))
+
     def discard(self, genome: Genome, error: Exception) -> None:
         """Take a candidate out of the race, and name the moves that are to blame in the report."""
         self.failed.add(genome)

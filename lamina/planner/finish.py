@@ -71,8 +71,9 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     goal = search.goal
     allowed = goal.allowed_damage
     shortlist(builder, search.ranked(), goal)
-    while search.forbid(builder.broken):  # moves that proved broken: look for plans without them
-        search.run()
+    for _ in range(LOOKS):
+        if not look_elsewhere(builder, search):
+            break
         shortlist(builder, search.ranked(), goal)
     limit, failed = float("inf"), None
     for _ in range(LOOKS):
@@ -95,6 +96,15 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         if not request.budget.costs:  # nothing measured faster: the model as it was given holds any drop
             return judge.score(as_given(request, builder, unchanged))
     raise infeasible(request, builder, search, failed)
+
+
+def look_elsewhere(builder: Builder, search: Search) -> bool:
+    """Look for plans without the moves, and around the plans, that proved broken; whether any are new."""
+    again = search.forbid(builder.broken)
+    if again:
+        search.run()
+    detours = [search.detour(genome) for genome in sorted(builder.failed) if builder.blameless(genome)]
+    return again or any(detours)
 
 
 def as_given(request: Request, builder: Builder, unchanged: Candidate) -> Finalist:

@@ -21,6 +21,8 @@ from lamina.planner.space import Genome
 # Standard errors added to a measured damage. One would prefer the luckiest of the candidates that change much
 # (their errors are large) to none at all; report data has the last word anyway.
 CAUTION = 0.5
+# Plans looked for around one that proved broken as a whole.
+DETOURS = 8
 # Share of the present cost that a change must save: less would drown in the noise of the prices.
 LEAST_GAIN = 0.001
 
@@ -93,6 +95,7 @@ class Search:
         self.report = report or (lambda done, total, note: None)
         self.archive: dict[Genome, Candidate] = {}
         self.forbidden: set[tuple[int, int]] = set()
+        self.detoured: set[Genome] = set()
         self.screen = max(1, len(evaluator.batches) // 4)
         self.start = time.perf_counter()
 
@@ -110,6 +113,28 @@ class Search:
             self.damage[index][gene - 1] = 1e9
         self.archive = {g: c for g, c in self.archive.items() if not new.intersection(enumerate(g))}
         return bool(new)
+
+    def detour(self, genome: Genome) -> bool:
+        """Measure the best plans that leave out one of a genome's options, as the whole proved broken.
+
+        Returns:
+            Whether this was not done for ``genome`` before.
+        """
+        if genome in self.detoured:
+            return False
+        self.detoured.add(genome)
+        allowed = self.surrogate(genome)
+        for index, gene in [(i, g) for i, g in enumerate(genome) if g][:DETOURS]:
+            row = self.damage[index]
+            kept, row[gene - 1] = row[gene - 1], 1e9
+            if self.goal.minimize == "damage":
+                other = solve(self.costs, self.damage, minimize="damage", bounds=self.goal.bounds)
+            else:
+                other = self._solve(allowed)
+            row[gene - 1] = kept
+            if other is not None:
+                self.measure(other)
+        return True
 
     def surrogate(self, genome: Genome) -> float:
         """Sum of single-site divergences."""
