@@ -116,7 +116,7 @@ class _Verifier:
         if value.dtype is not None and value.dtype != tensor.dtype:
             dtypes = f"{value.dtype.name}, its data {tensor.dtype.name}"
             self._fail(f"initializer '{value.name}' is declared {dtypes}", where)
-        if value.shape is not None and tuple(value.shape) != tuple(shape_of(tensor)):
+        if value.shape is not None and not _fits(value.shape, tensor):
             self._fail(
                 f"initializer '{value.name}' is declared {value.shape}, its data {shape_of(tensor)}", where
             )
@@ -204,6 +204,13 @@ class _Verifier:
         raise VerificationError(
             after + what, where=where, advice=f"this is a bug in {culprit}: report it with the model"
         )
+
+
+def _fits(declared: ir.Shape, tensor: ir.TensorProtocol) -> bool:
+    """Whether data has the declared shape; the dims of an output may be dynamic and its data constant."""
+    dims = tensor.shape.numpy()
+    pairs = zip(declared, dims, strict=False)
+    return len(declared) == len(dims) and all(d == n for d, n in pairs if isinstance(d, int))
 
 
 def _check_types(model: ir.Model) -> None:
