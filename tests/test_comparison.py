@@ -13,7 +13,7 @@ from tiny import tiny_data, tiny_model, write_tiny
 import lamina
 from lamina.cli import main
 from lamina.comparison import damage
-from lamina.errors import DataError
+from lamina.errors import DataError, UnsupportedOperator
 
 
 def changed(factor: float) -> onnx.ModelProto:
@@ -149,6 +149,15 @@ def test_no_common_output_is_an_error():
 def test_another_dtype_is_named():
     with pytest.raises(DataError, match=r"inputs differ: \['x: FLOAT'\] and \['x: DOUBLE'\]"):
         lamina.compare(identity(TensorProto.FLOAT), identity(TensorProto.DOUBLE))
+
+
+def test_sequences_at_the_interface_are_refused_by_name():
+    nodes = [helper.make_node("SequenceConstruct", ["x"], ["y"])]
+    model = model_of(nodes)
+    kind = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, None))
+    model.graph.output[0].CopyFrom(helper.make_value_info("y", kind))
+    with pytest.raises(UnsupportedOperator, match="'y' is not a tensor but a sequence"):
+        lamina.compare(model, model)
 
 
 def test_structure_counts_operators_weights_and_opsets():

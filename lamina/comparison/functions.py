@@ -52,6 +52,8 @@ def compare(
     """
     _check(tolerance, samples, data)
     first, second = capture(a), capture(b)
+    first.require_tensors()
+    second.require_tensors()
     structure = compare_structure(first, second)
     dataset = None if data is None else load_data(data, first)
     aim = Target.parse(target)
