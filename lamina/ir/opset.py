@@ -13,9 +13,10 @@ from lamina.errors import UnsupportedOperator
 from lamina.ir.names import subgraphs
 from lamina.ir.opset_adapters import ADAPTERS, Adapter, Builder, refusal
 from lamina.ir.opset_legacy import LEGACY_ADAPTERS
+from lamina.ir.opset_scan import SCAN_ADAPTER
 
 OLDEST, NEWEST = 1, 25
-_ALL_ADAPTERS = {**LEGACY_ADAPTERS, **ADAPTERS}
+_ALL_ADAPTERS = {**LEGACY_ADAPTERS, **ADAPTERS, ("Scan", 9): SCAN_ADAPTER}
 _HINT = "consumed_inputs"  # until opset 6: which inputs' memory may be reused; it says nothing about values
 
 

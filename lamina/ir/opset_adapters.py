@@ -194,10 +194,6 @@ def _check_no_scores(node: ir.Node) -> None:
         raise refusal(node, "its qk_matmul_output changed meaning for masked positions")
 
 
-def _refuse_scan(node: ir.Node) -> None:
-    raise refusal(node, "version 8 had a batch axis")
-
-
 # -- operators that became others -----------------------------------------------------------------------
 
 
@@ -287,7 +283,6 @@ def _group_norm_per_channel(node: ir.Node, builder: Builder) -> None:
 ADAPTERS: dict[tuple[str, int], Adapter] = {
     ("BatchNormalization", 9): Adapter(_drop_spatial, _check_spatial),
     ("Upsample", 9): Adapter(),  # scales became an input; the next step takes either
-    ("Scan", 9): Adapter(check=_refuse_scan),
     ("Dropout", 10): Adapter(check=_check_no_mask),
     ("Slice", 10): Adapter(_slice_to_inputs),
     ("TopK", 10): Adapter(_k_to_input),

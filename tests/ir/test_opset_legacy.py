@@ -130,3 +130,41 @@ def test_batch_normalization_is_not_left_where_the_reference_evaluator_trains() 
     model, expected = _CASES["batch normalization under test"]
     answer = ReferenceEvaluator(ir.to_proto(capture(model).model)).run(None, {"x": _X})[0]
     np.testing.assert_allclose(answer, expected(), rtol=1e-5, atol=1e-5)
+
+
+def _old_scan(lengths: str, **attributes: object) -> onnx.ModelProto:
+    body = helper.make_graph(
+        [
+            helper.make_node("Add", ["sum_in", "next"], ["sum_out"]),
+            helper.make_node("Mul", ["sum_out", "next"], ["product"]),
+        ],
+        "body",
+        [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2]) for n in ("sum_in", "next")],
+        [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2]) for n in ("sum_out", "product")],
+    )
+    node = helper.make_node(
+        "Scan", [lengths, "start", "x"], ["y", "z"], "scan", num_scan_inputs=1, body=body, **attributes
+    )
+    inputs = {"start": ["n", 2], "x": ["n", 3, 2]}
+    return proto([node], inputs, {"y": ["n", 2], "z": ["n", 3, 2]}, opset=8)
+
+
+@pytest.mark.parametrize("directions", [[0], [1]])
+def test_a_scan_with_a_batch_axis(directions: list[int]) -> None:
+    start = _RNG.standard_normal((4, 2)).astype(np.float32)
+    x = _RNG.standard_normal((4, 3, 2)).astype(np.float32)
+    program = capture(_old_scan("", directions=directions))
+    verify_structure(program)
+    check(program)
+    steps = x[:, ::-1] if directions == [1] else x
+    sums = start[:, None] + np.cumsum(steps, 1)
+    final, products = run(program.model, {"start": start, "x": x})
+    np.testing.assert_allclose(final, sums[:, -1], rtol=1e-6)
+    np.testing.assert_allclose(products, sums * steps, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scan_with_lengths_is_named() -> None:
+    model = _old_scan("lengths")
+    model.graph.input.append(helper.make_tensor_value_info("lengths", onnx.TensorProto.INT64, ["n"]))
+    with pytest.raises(UnsupportedOperator, match="version 8 had a length for each sequence"):
+        capture(model)
