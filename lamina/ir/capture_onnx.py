@@ -71,6 +71,8 @@ def _read(path: Path, source: str) -> onnx.ModelProto:
         raise CaptureError(f"there is no file '{path}'", advice=advice)
     if path.is_dir():
         raise CaptureError(f"'{path}' is a folder, not a model", advice=advice)
+    if not path.is_file():  # a pipe would block, a device would never end
+        raise CaptureError(f"'{path}' is not an ordinary file", advice="copy it to a file first")
     try:
         if path.stat().st_size == 0:
             raise CaptureError(f"'{path.name}' is empty", where=source, advice=_DAMAGED)

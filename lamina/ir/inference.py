@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import onnx
 import onnx_ir as ir
 
+from lamina.errors import CaptureError
 from lamina.ir.names import subgraphs
 from lamina.ir.skeleton import skeleton
 
@@ -36,6 +37,10 @@ def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool) -> None:
         kept = [info for info in proto.graph.value_info if info.name in opaque]
         del proto.graph.value_info[:]
         proto.graph.value_info.extend(kept)
+    read = {name for n in proto.graph.node for name in n.input}
+    for output in proto.graph.output:
+        if output.name in read:  # what it says of itself must not stand for what the nodes behind it get
+            output.ClearField("type")
     try:
         done = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except onnx.shape_inference.InferenceError:
@@ -73,10 +78,24 @@ def _refine(value: ir.Value, info: onnx.ValueInfoProto) -> None:
         return
     if value.shape is None:
         value.shape = shape
+    elif declared and value.uses():
+        _hold(value, shape)
     elif not declared:
         same_rank = len(value.shape) == len(shape)
         pairs = zip(shape, value.shape, strict=True) if same_rank else ((d, d) for d in shape)
         value.shape = ir.Shape([_better(a, b) for a, b in pairs])
+
+
+def _hold(value: ir.Value, shape: ir.Shape) -> None:
+    """Refuse an output whose declared shape would mislead the nodes that read it."""
+    declared = list(value.shape or ())
+    pairs = zip(declared, shape, strict=False)
+    clash = any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs)
+    if clash or len(declared) != len(shape):
+        raise CaptureError(
+            f"output '{value.name}' is declared as {value.shape} but computed as {shape}",
+            advice="correct or remove its declared shape and save the model again",
+        )
 
 
 def _shape(info: onnx.ValueInfoProto) -> ir.Shape | None:

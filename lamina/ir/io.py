@@ -51,9 +51,8 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     """
     target = Path(path)
     clean(target)  # before as well: a full disk may be full of what killed saves left
-    if _weight_bytes(model) <= EXTERNAL_ABOVE:
-        data = ir.to_proto(model).SerializeToString(deterministic=True)
-        write_atomic(target, data)
+    if not _is_external(model):
+        write_atomic(target, ir.to_proto(model).SerializeToString(deterministic=True))
         clean(target)
         return [target]
     with contextlib.ExitStack() as held:
@@ -102,7 +101,7 @@ def write_atomic(path: str | os.PathLike[str], content: str | bytes) -> Path:
 
 def serialized_size(model: ir.Model) -> int:
     """Bytes of the files :func:`save_model` would write as ``model.onnx``, without copying weights."""
-    if _weight_bytes(model) > EXTERNAL_ABOVE:
+    if _is_external(model):
         clone, tensors = _externalized(model, "model.onnx.data")
         end = max((t.offset or 0) + (t.length or 0) for t, _ in tensors)
         return ir.to_proto(clone).ByteSize() + end
@@ -131,9 +130,15 @@ def _field(length: int) -> int:
     return 1 + max(1, (length.bit_length() + 6) // 7) + length
 
 
-def _weight_bytes(model: ir.Model) -> int:
-    tensors = [v.const_value for v in model.graph.initializers.values()]
-    return sum(t.nbytes for t in tensors if t is not None)
+def _is_external(model: ir.Model) -> bool:
+    values = [v.const_value for v in model.graph.initializers.values()]
+    tensors = [t for t in values if t is not None]
+    return sum(t.nbytes for t in tensors) > EXTERNAL_ABOVE and any(map(_is_big, tensors))
+
+
+def _is_big(tensor: ir.TensorProtocol) -> bool:
+    """Whether it can and should lie in a data file."""
+    return tensor.dtype != ir.DataType.STRING and tensor.nbytes > _SMALL
 
 
 def _externalized(
@@ -143,7 +148,7 @@ def _externalized(
     clone, pairs, end = model.clone(), [], 0
     for value in clone.graph.initializers.values():
         tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _SMALL or tensor.dtype == ir.DataType.STRING:
+        if tensor is None or not _is_big(tensor):
             continue
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
         end = start + tensor.nbytes

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,12 @@ class ExternalFiles:
             CaptureError: The file lies outside the model's folder, is missing or is too short.
         """
         location = os.fspath(tensor.location)
+        if tensor.dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
+            raise CaptureError(
+                f"weight '{tensor.name}' of type {tensor.dtype.name} cannot lie in a file",
+                where=where,
+                advice="the file is damaged: export or download the model again",
+            )
         data = self._map(location, tensor, where)
         offset = tensor.offset or 0
         length = tensor.nbytes
@@ -65,23 +73,37 @@ class ExternalFiles:
             )
         path = _inside(folder, location, where)
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                raw = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+            self._maps[location] = _mapped(path)
         except OSError as error:
             raise CaptureError(
                 f"external data file '{location}' cannot be read: {error.strerror or error}",
                 where=where,
                 advice="keep the data files next to the .onnx file, under the names it was saved with",
             ) from error
-        self._maps[location] = np.frombuffer(raw, np.uint8) if size else np.empty(0, np.uint8)
         return self._maps[location]
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """The bytes of an ordinary file."""
+    # A pipe would wait for a writer for ever, and a device never ends.
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, os.O_RDONLY | flags)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is not an ordinary file")
+        if not found.st_size:
+            return np.empty(0, np.uint8)
+        return np.frombuffer(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+    finally:
+        os.close(descriptor)
 
 
 def _inside(folder: Path, location: str, where: str) -> Path:
     """The path of ``location``, which must not leave ``folder``, not even through a link."""
     advice = "external data must lie in the model's folder: copy it there, or save the model again"
-    if not location or os.path.isabs(location) or ".." in Path(location).parts or "\\" in location:
+    strange = not location or "\\" in location or "\0" in location
+    if strange or os.path.isabs(location) or ".." in Path(location).parts:
         raise CaptureError(
             f"external data location '{location}' leaves the model's folder", where=where, advice=advice
         )
