@@ -16,8 +16,12 @@ from lamina.passes.pass_ import Fold
 FOLDS: tuple[str, ...] = (
     "lift_constants",
     "eliminate_identities",
+    "fold_constant_if",
     "fold_constants",
+    "fold_shapes",
+    "simplify_local",
     "simplify_patterns",
+    "pad_into_conv",
     "fold_affine",
     "compose_affine",
     "compose_linear",
