@@ -71,9 +71,9 @@ class _Search:
             if by_value is not None:
                 return by_value
         # What agrees and has nothing agreeing between itself and the divergence.
-        inner = lineage.ancestors(agreeing)
-        borders = [n for n in agreeing if n not in inner and n in lineage.ancestors([worst])]
-        return self._report(worst, worst, self.found[worst], "name", lineage.ordered(borders))
+        before = agreeing & lineage.ancestors([worst])
+        borders = lineage.ordered(before - lineage.ancestors(before))
+        return self._report(worst, worst, self.found[worst], "name", borders)
 
     def differ(self, names: Sequence[str]) -> list[str]:
         """Run both models once and return those of ``names`` that differ, in their order."""
@@ -93,7 +93,7 @@ class _Search:
         lineage = self.lineages[0]
         worst, agreeing, step = output, set[str](), _FIRST_BATCH
         while True:
-            candidates = self._candidates(worst, agreeing)
+            candidates = self._candidates(worst, agreeing) or self._unseen_inputs(worst)
             if not candidates:
                 return worst, agreeing
             chosen = _spread(candidates, step)
@@ -112,6 +112,15 @@ class _Search:
             for name in one.ancestors([worst]) - cleared
             if name in other.values and _alike(one.values[name], other.values[name])
         )
+
+    def _unseen_inputs(self, worst: str) -> list[str]:
+        """What ``worst`` is computed from and was cleared unseen: later values may hide a difference."""
+        one, other = self.lineages
+        return [
+            n
+            for n in one.inputs_of(worst)
+            if n not in self.found and n in other.values and _alike(one.values[n], other.values[n])
+        ]
 
     def _by_value(self, output: str) -> Divergence | None:
         """The first tensor that nothing in the second model equals, though its inputs are there."""

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from lamina.errors import OutputError
 from lamina.ir.capture import capture
+from lamina.ir.leftovers import clean, is_referred, lock
 from lamina.ir.program import Program
 from lamina.ir.tensors import shape_of
 
@@ -35,6 +36,9 @@ def load(path: str | os.PathLike[str]) -> Program:
 def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     """Write ``model`` to ``path``; weights beyond 1.9 GB go to ``<path>.data`` beside it.
 
+    Whatever happens meanwhile, ``path`` holds the old model or the new one, whole. What killed saves left and
+    data that only the replaced model used are removed once the new model is in place.
+
     Args:
         model: Left unchanged.
         path: The ``.onnx`` file; its folder must exist.
@@ -46,18 +50,24 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
         OutputError: The folder is missing or not writable, or the disk is full; what was there is intact.
     """
     target = Path(path)
+    clean(target)  # before as well: a full disk may be full of what killed saves left
     if _weight_bytes(model) <= EXTERNAL_ABOVE:
         data = ir.to_proto(model).SerializeToString(deterministic=True)
         write_atomic(target, data)
+        clean(target)
         return [target]
-    data_path = _free_data_path(target)
-    clone, tensors = _externalized(model, data_path.name)
-    _write(data_path, lambda file: _write_tensors(file, tensors))
-    try:
-        write_atomic(target, ir.to_proto(clone).SerializeToString(deterministic=True))
-    except BaseException:
-        data_path.unlink(missing_ok=True)
-        raise
+    with contextlib.ExitStack() as held:
+        data_path = _reserve_data_path(target, held)
+        clone, tensors = _externalized(model, data_path.name)
+        try:
+            _write(data_path, lambda file: _write_tensors(file, tensors), held)
+            write_atomic(target, ir.to_proto(clone).SerializeToString(deterministic=True))
+        except BaseException:
+            # trap: an interrupt may come after the new model is in place, and then it needs its data
+            if not is_referred(data_path, target):
+                data_path.unlink(missing_ok=True)
+            raise
+    clean(target)
     return [target, data_path]
 
 
@@ -151,35 +161,50 @@ def _write_tensors(file: BinaryIO, tensors: list[tuple[ir.ExternalTensor, ir.Ten
         file.write(tensor.tobytes())
 
 
-def _free_data_path(target: Path) -> Path:
-    """A name no file has: an existing model keeps its data until the new model has replaced it."""
+def _reserve_data_path(target: Path, held: contextlib.ExitStack) -> Path:
+    """A name no file had, taken now: an existing model keeps its data until the new one has replaced it."""
     candidate, i = target.with_name(f"{target.name}.data"), 0
-    while candidate.exists():
-        i += 1
-        candidate = target.with_name(f"{target.name}.{i}.data")
-    return candidate
+    while True:
+        try:
+            descriptor = os.open(candidate, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        except FileExistsError:
+            i += 1
+            candidate = target.with_name(f"{target.name}.{i}.data")
+            continue
+        except OSError as error:
+            raise _unwritable(candidate, error) from error
+        held.callback(os.close, descriptor)
+        lock(descriptor)
+        if candidate.exists():  # else another save took it for a leftover before the lock was there
+            return candidate
 
 
-def _write(target: Path, fill: Callable[[BinaryIO], object]) -> None:
+def _write(
+    target: Path, fill: Callable[[BinaryIO], object], held: contextlib.ExitStack | None = None
+) -> None:
+    """Write a file in one step; its lock is kept until ``held`` ends, if given."""
     target = Path(os.path.realpath(target))
     try:
         with _temporary(target) as (file, name):
             fill(file)
             file.flush()
             os.fsync(file.fileno())
+            if held is not None:
+                held.callback(os.close, os.dup(file.fileno()))
             file.close()
             os.replace(name, target)
         _sync_folder(target.parent)
     except OSError as error:
-        raise OutputError(
-            f"'{target}' cannot be written: {error.strerror or error}",
-            advice=_advice(target),
-        ) from error
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> OutputError:
+    return OutputError(f"'{target}' cannot be written: {error.strerror or error}", advice=_advice(target))
 
 
 @contextlib.contextmanager
 def _temporary(target: Path) -> Iterator[tuple[BinaryIO, str]]:
-    descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    descriptor, name = _locked_temporary(target)
     try:
         with os.fdopen(descriptor, "wb") as file:
             if hasattr(os, "fchmod"):  # mkstemp makes private files; results are ordinary ones
@@ -188,6 +213,15 @@ def _temporary(target: Path) -> Iterator[tuple[BinaryIO, str]]:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
+
+
+def _locked_temporary(target: Path) -> tuple[int, str]:
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+        lock(descriptor)
+        if os.path.exists(name):  # else another save cleaned it up before the lock was there
+            return descriptor, name
+        os.close(descriptor)
 
 
 def _umask() -> int:

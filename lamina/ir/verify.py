@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import onnx
 import onnx_ir as ir
 
@@ -11,13 +9,16 @@ from lamina.errors import CaptureError, VerificationError
 from lamina.ir.names import subgraphs
 from lamina.ir.normalize import check_valid, label
 from lamina.ir.program import Program
+from lamina.ir.schemas import KNOWN_DOMAINS, fault_of_operator, fault_of_types, type_text
 from lamina.ir.skeleton import skeleton
+from lamina.ir.tensors import shape_of
 
 
 def verify_structure(subject: Program | ir.Model, pass_name: str = "") -> None:
-    """Check ownership, single definition, def before use, uses, names, arity, initializers and interface.
+    """Check ownership, single definition, def before use, names, opsets, arity, types and interface.
 
-    One walk over nodes and edges, subgraphs included.
+    One walk over nodes and edges, subgraphs and what they capture included; initializers are held against
+    their data.
 
     Args:
         subject: What to check; not changed.
@@ -50,7 +51,7 @@ class _Verifier:
     def __init__(self, model: ir.Model, pass_name: str) -> None:
         self._model = model
         self._pass = pass_name
-        self._opset = model.opset_imports.get("", 1)
+        self._opsets = model.opset_imports
         self._defined: dict[ir.Value, int] = {}
         self._value_names: set[str] = set()
         self._node_names: set[str] = set()
@@ -78,8 +79,7 @@ class _Verifier:
                 self._fail(
                     f"initializer '{value.name}' is registered as '{name}'", "the graph's initializers"
                 )
-            if value.const_value is None:
-                self._fail(f"initializer '{name}' has no data", "the graph's initializers")
+            self._initializer(value)
             if value not in self._defined:  # one that is listed as an input as well is defined there
                 self._define(value, 0, "the graph's initializers")
         for position, node in enumerate(graph, 1):
@@ -87,6 +87,22 @@ class _Verifier:
         for value in graph.outputs:
             if value not in self._defined:
                 self._fail(f"output '{value.name}' is produced by nothing in scope", "the graph's outputs")
+
+    def _initializer(self, value: ir.Value) -> None:
+        where = "the graph's initializers"
+        tensor = value.const_value
+        if tensor is None:
+            self._fail(f"initializer '{value.name}' has no data", where)
+            return
+        if value.producer() is not None:
+            self._fail(f"initializer '{value.name}' is the output of a node as well", where)
+        if value.dtype is not None and value.dtype != tensor.dtype:
+            dtypes = f"{value.dtype.name}, its data {tensor.dtype.name}"
+            self._fail(f"initializer '{value.name}' is declared {dtypes}", where)
+        if value.shape is not None and tuple(value.shape) != tuple(shape_of(tensor)):
+            self._fail(
+                f"initializer '{value.name}' is declared {value.shape}, its data {shape_of(tensor)}", where
+            )
 
     def _define(self, value: ir.Value, position: int, where: str) -> None:
         if value in self._defined:
@@ -113,10 +129,12 @@ class _Verifier:
         for i, value in enumerate(node.inputs):
             if value is not None and value not in self._defined:
                 self._undefined(node, i, value, position)
-        if node.domain == "":
-            self._arity(node)
+        self._operator(node)
         for inner in subgraphs(node):
             self._scope(inner)
+            if node.op_type == "If" and len(inner.outputs) != len(node.outputs):
+                counts = f"{len(node.outputs)} outputs, its branch gives {len(inner.outputs)}"
+                self._fail(f"{label(node)} has {counts}", label(node))
         for output in node.outputs:
             if output.producer() is not node:
                 self._fail(f"value '{output.name}' names another producer", label(node))
@@ -125,19 +143,30 @@ class _Verifier:
     def _scope(self, graph: ir.Graph) -> None:
         """Check a subgraph, then forget what it defines: nothing outside may read it."""
         self._graph(graph)
-        for value in (*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)):
+        own = {*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)}
+        for value in graph.outputs:
+            if value not in own:
+                self._fail(
+                    f"output '{value.name}' of a subgraph is a value of the graph around it", f"{graph.name}"
+                )
+        for value in own:
             self._defined.pop(value, None)
 
-    def _arity(self, node: ir.Node) -> None:
-        limits = _limits(node.op_type, self._opset)
-        if limits is None:
-            self._fail(f"opset {self._opset} has no operator '{node.op_type}'", label(node))
-        else:
-            least, most, least_out, most_out = limits
-            if not (least <= len(node.inputs) <= most and least_out <= len(node.outputs) <= most_out):
-                counts = f"{len(node.inputs)} inputs and {len(node.outputs)} outputs"
-                expected = f"{least} to {most} and {least_out} to {most_out}"
-                self._fail(f"{label(node)} has {counts}, expected {expected}", label(node))
+    def _operator(self, node: ir.Node) -> None:
+        """Hold a node against its schema: it exists in the opset, has fitting counts and fitting types."""
+        version = self._opsets.get(node.domain)
+        if version is None:
+            self._fail(f"the model imports no opset of domain '{node.domain or 'ai.onnx'}'", label(node))
+        elif node.domain in KNOWN_DOMAINS:
+            key = node.domain, node.op_type, version
+            fault = fault_of_operator(*key, len(node.inputs), len(node.outputs))
+            if fault is not None:
+                kind, text = fault
+                self._fail(text if kind == "existence" else f"{label(node)} {text}", label(node))
+            inputs = tuple([type_text(v) for v in node.inputs])
+            clash = fault_of_types(*key, inputs, tuple([type_text(v) for v in node.outputs]))
+            if clash is not None:
+                self._fail(f"types of {label(node)} do not fit: {clash}", label(node))
 
     def _undefined(self, node: ir.Node, index: int, value: ir.Value, position: int) -> None:
         producer = value.producer()
@@ -158,17 +187,6 @@ class _Verifier:
         raise VerificationError(
             after + what, where=where, advice=f"this is a bug in {culprit}: report it with the model"
         )
-
-
-@cache
-def _limits(op_type: str, opset: int) -> tuple[int, int, int, int] | None:
-    if not onnx.defs.has(op_type):
-        return None
-    try:
-        schema = onnx.defs.get_schema(op_type, opset, "")
-    except onnx.defs.SchemaError:
-        return None
-    return schema.min_input, schema.max_input, schema.min_output, schema.max_output
 
 
 def _check_types(model: ir.Model) -> None:

@@ -271,12 +271,19 @@ def test_pickles_are_never_opened(tmp_path: Path, suffix: str) -> None:
     _fails(path, CaptureError, "is not an ONNX file", "load it yourself and pass the torch.nn.Module")
 
 
-def test_an_unknown_domain_names_node_and_domain() -> None:
+def test_operators_of_an_unknown_domain_are_carried_through() -> None:
     model = mlp()
     model.graph.node[2].domain = "acme.custom"
-    model.opset_import.append(helper.make_opsetid("acme.custom", 1))
-    error = _fails(model, UnsupportedOperator)
-    assert error.what == "Relu 'relu' is of the unknown domain 'acme.custom'"
+    model.opset_import.append(helper.make_opsetid("acme.custom", 3))
+    program = capture(model)
+    node = next(n for n in program.graph if n.name == "relu")
+    assert (node.domain, node.op_type, program.model.opset_imports["acme.custom"]) == ("acme.custom", "Relu", 3)
+
+
+def test_a_domain_that_is_not_imported_is_refused() -> None:
+    model = mlp()
+    model.graph.node[2].domain = "acme.custom"
+    _fails(model, CaptureError, "not a valid ONNX model", "acme.custom")
 
 
 def test_an_unknown_operator_is_named() -> None:

@@ -285,3 +285,29 @@ def test_subgraphs_keep_what_they_read_from_outside() -> None:
     assert not [r for r in records if r.why.startswith("undone")]
     for feed in feeds():
         assert np.array_equal(run(after, feed)[0], run(before, feed)[0])
+
+
+@pytest.mark.parametrize(
+    "body", ["y = Add(x, e)", "y = Add(e, x)", "y = Sub(x, e)", "y = Mul(x, f)", "y = Div(x, f)"]
+)
+def test_a_constant_that_is_nearly_neutral_stays(body: str) -> None:
+    weights = {"e": np.float32(1e-9), "f": np.float32(1.000001)}
+    before = program(
+        f"g (float[N,4] x) => (float[N,4] y) {{ {body} }}",
+        {k: v for k, v in weights.items() if f"{k}" in body.split("(")[1]},
+    )
+    feeds = [{"x": np.array([[0, 1, -2, 3]], np.float32) * np.float32(1e-9)}]
+    assert ops(check(before, "simplify_patterns", feeds)) == ops(before)
+
+
+@pytest.mark.parametrize(
+    "body", ["y = Add(x, e)", "y = Add(e, x)", "y = Sub(x, e)", "y = Mul(f, x)", "y = Div(x, f)"]
+)
+def test_a_neutral_constant_leaves(body: str) -> None:
+    weights = {"e": np.float32(0), "f": np.float32(1)}
+    before = program(
+        f"g (float[N,4] x) => (float[N,4] z) {{ {body} z = Abs(y) }}",
+        {k: v for k, v in weights.items() if f"{k}" in body.split("(")[1]},
+    )
+    feeds = [{"x": np.array([[0, 1, -2, 3]], np.float32)}]
+    assert ops(check(before, "simplify_patterns", feeds)) in ({"Abs": 1}, {"Identity": 1, "Abs": 1})

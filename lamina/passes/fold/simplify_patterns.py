@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -13,11 +13,9 @@ from lamina.passes.pass_ import Effect, Rounding
 # Left out on purpose: successive_clip and min/max rules (disjoint ranges give another value), slice_split
 # (odd sizes split elsewhere), flatten_to_reshape and reshape-matmul-reshape rules (nothing gained, empty
 # batches break), matmul_add_to_gemm, affine_conv and expand rules (need shapes that may be unknown).
+# trap: mul_by_1, add_0, sub_0 and div_by_1 compare within 1e-5 and 1e-8, and so remove a layer
+# normalization's epsilon; see _neutral_rules.
 RULES: tuple[str, ...] = (
-    "mul_by_1_rule",
-    "add_0_rule",
-    "sub_0_rule",
-    "div_by_1_rule",
     "dropout_zero_rule",
     "dropout_inference_rule",
     "cast_cast_rule",
@@ -63,5 +61,18 @@ class SimplifyPatterns(LibraryFold):
         # trap: this rule writes allowzero, which Reshape has since opset 14
         skipped = {"materialize_reshape_shape_rule"} if model.opset_imports.get("", 1) < 14 else set()
         rules = [getattr(common, name) for name in RULES if name not in skipped]
-        commuted = [r for rule in rules[:2] for r in rule.commute()]
-        RewritePass([*commuted, *rules[2:]])(model)
+        RewritePass([*_neutral_rules(), *rules])(model)
+
+
+def _neutral_rules() -> list[Any]:
+    """The removal of x * 1, x + 0, x - 0 and x / 1, where the constant is exactly that."""
+    from onnxscript.rewriter import RewriteRule, pattern
+
+    def rule(op_type: str, number: float) -> Any:
+        def target(op: Any, x: Any) -> Any:
+            return getattr(op, op_type)(x, pattern.Constant(number, rel_tol=0.0, abs_tol=0.0))
+
+        return RewriteRule(target, lambda op, x: op.Identity(x))
+
+    both_ways = [*rule("Mul", 1).commute(), *rule("Add", 0).commute()]
+    return [*both_ways, rule("Sub", 0), rule("Div", 1)]
