@@ -52,7 +52,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     target = Path(path)
     clean(target)  # before as well: a full disk may be full of what killed saves left
     if _weight_bytes(model) <= EXTERNAL_ABOVE:
-        data = ir.to_proto(model).SerializeToString(deterministic=True)
+        data = ir.to_proto(_self_contained(model)).SerializeToString(deterministic=True)
         write_atomic(target, data)
         clean(target)
         return [target]
@@ -129,6 +129,18 @@ def _growth(stand_in: onnx.TensorProto, tensor: ir.TensorProtocol) -> int:
 def _field(length: int) -> int:
     """Bytes a length-delimited protobuf field of ``length`` bytes takes (tags here are one byte)."""
     return 1 + max(1, (length.bit_length() + 6) // 7) + length
+
+
+def _self_contained(model: ir.Model) -> ir.Model:
+    """The model itself, or a clone whose weights no longer lie in other files."""
+    if not any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values()):
+        return model
+    clone = model.clone()
+    for value in clone.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    return clone
 
 
 def _weight_bytes(model: ir.Model) -> int:
