@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lamina.comparison import compare
     from lamina.driver import apply, optimize
     from lamina.errors import InfeasibleBudget, LaminaError
+    from lamina.folding import fold
     from lamina.ir.io import load
     from lamina.planner.plan import Plan
     from lamina.result import Result
@@ -30,6 +31,7 @@ __all__ = [
     "analyze",
     "apply",
     "compare",
+    "fold",
     "load",
     "optimize",
 ]
@@ -46,6 +48,7 @@ _HOMES = {
     "analyze": "lamina.analysis.analyze",
     "apply": "lamina.driver",
     "compare": "lamina.comparison",
+    "fold": "lamina.folding",
     "load": "lamina.ir.io",
     "optimize": "lamina.driver",
 }

@@ -87,6 +87,51 @@ def optimize(
 
 
 @app.command()
+def fold(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="the ONNX file to write")],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="choose equivalent forms by measuring there, e.g. ort:cpu?threads=1; default: none"
+        ),
+    ] = None,
+    workload: Workload = None,
+    data: Data = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="fix dynamic dims: INPUT=1x128 (? stays dynamic) or DIM=128; may be repeated"),
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="comma-separated folds to use instead of all")] = None,
+    forms: Annotated[
+        str | None, typer.Option(help="comma-separated forms to apply, or to try on the target")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rewrite a model into an equal one with fewer nodes, or into its fastest equal form on a target."""
+    from lamina.folding import run_fold
+    from lamina.report.fold_table import fold_table
+    from lamina.report.terminal import LiveProgress
+
+    with LiveProgress(quiet=as_json) as progress:
+        result = run_fold(
+            model,
+            target=target,
+            data=data,
+            workload=workload,
+            shapes=_shapes(shape or ()),
+            only=_names(only),
+            forms=_names(forms),
+            progress=progress,
+        )
+    files = [str(p) for p in result.save(output)]
+    if as_json:
+        _print_json({**result.report(), "files": files})
+    else:
+        fold_table(result.report(), files)
+
+
+@app.command()
 def apply(
     model: Model,
     plan: Annotated[Path, typer.Argument(help="plan.json, or a result's directory", show_default=False)],
@@ -259,6 +304,25 @@ def _splits(data: Path | None, selection: Path | None, report: Path | None) -> A
             advice="give all three, or --data alone to have it split",
         )
     return {"calibration": data, "selection": selection, "report": report}
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _shapes(given: Sequence[str]) -> dict[str, int | list[int | None]]:
+    """``tokens=1x128`` and ``batch=1`` as what :func:`lamina.fold` takes."""
+    shapes: dict[str, int | list[int | None]] = {}
+    for text in given:
+        name, _, sizes = text.rpartition("=")
+        parts = sizes.lower().split("x") if sizes else []
+        if not name or not parts or not all(p == "?" or p.isdigit() for p in parts):
+            raise BudgetError(
+                f"shape '{text}' is not understood", advice="write it like tokens=1x128 or batch=1"
+            )
+        dims = [None if p == "?" else int(p) for p in parts]
+        shapes[name] = dims[0] if len(dims) == 1 and dims[0] is not None else dims
+    return shapes
 
 
 def _print_json(value: Any) -> None:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.budget import Budget
 from lamina.data import Splits, load_splits
-from lamina.errors import PassError
+from lamina.errors import PassError, VerificationError
 from lamina.ir.capture import capture
 from lamina.ir.program import Program
-from lamina.ir.verify import check, verify_structure
 from lamina.passes import get_transform, transform_names
+from lamina.passes.fold.catalog import load
+from lamina.planner.blame import describe
 from lamina.planner.builder import Builder
 from lamina.planner.evidence import Final, evidence, front, with_reasons
 from lamina.planner.finish import affordable, choose, infeasible
-from lamina.planner.forms import pick_forms
+from lamina.planner.forms import Folded, pick_forms
 from lamina.planner.goal import make_goal
 from lamina.planner.judge import Judge, Verdict
 from lamina.planner.plan import Plan
-from lamina.planner.prepare import prepare, sensitivity
+from lamina.planner.prepare import prepare, reprepare, sensitivity
 from lamina.planner.realize import reproduce
+from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.search import Search
 from lamina.planner.timing import Stopwatch
@@ -145,11 +149,17 @@ def _optimize(request: Request, folder: Path) -> Result:
         with progress.stage("capture"):
             judge = Judge(request)  # before the long work: report data that does not fit is found here
         with progress.stage("fold"):
-            folded = pick_forms(request.program, stopwatch, progress)
-        prepared = prepare(request, folded, stopwatch)
-        builder = Builder(request, prepared, stopwatch)
+            referee = Referee(request.program, [few_samples(request)])
+            folded, left_out = proven_folds(request, stopwatch, referee)
+        prepared = prepare(request, folded, stopwatch, referee)
         with progress.stage("sensitivity"):
-            evaluator, damage = sensitivity(request, prepared)
+            try:
+                evaluator, damage = sensitivity(request, prepared)
+            except Exception as error:  # a bug in a transform costs its moves, not the run
+                prepared = reprepare(request, prepared, stopwatch, error)
+                evaluator, damage = sensitivity(request, prepared)
+            prepared.undone[:0] = left_out
+            builder = Builder(request, prepared, stopwatch)
             goal = make_goal(request, builder, evaluator.score(prepared.costs.space.nothing).value)
         with progress.stage("search"):
             search = Search(
@@ -172,6 +182,36 @@ def _optimize(request: Request, folder: Path) -> Result:
     return Result(realized.program, realized.plan, found, front(builder, candidates, goal))
 
 
+def proven_folds(
+    request: Request, stopwatch: Stopwatch, referee: Referee
+) -> tuple[Folded, list[dict[str, str]]]:
+    """Folds and forms whose result computes what the original does; a pass that does not is left out.
+
+    Returns:
+        The folded program, and for ``result.json`` what was left out because it failed.
+    """
+    banned: dict[str, str] = {}
+    while True:
+        folded = pick_forms(request.program, stopwatch, request.progress, without=tuple(banned))
+        try:
+            referee.check(folded.program, "folding", exact=True)
+        except VerificationError as error:
+            if not folded.names:
+                raise
+            banned[referee.culprit(folded.names)] = error.what
+            continue
+        left_out = [(r.pass_name, r.why) for r in folded.records if r.why.startswith("undone")]
+        left_out += [(load(name).name, reason) for name, reason in banned.items()]
+        unique = dict.fromkeys(left_out)
+        return folded, [{"pass": name, "where": "model", "reason": why} for name, why in unique]
+
+
+def few_samples(request: Request) -> Mapping[str, np.ndarray]:
+    """Inputs a user gave (or that were made up where none were given), as few as the model takes."""
+    selection = request.splits.selection
+    return next(selection.rows(slice(0, selection.fixed_batch or 2)).batches()).inputs
+
+
 def explained(verdict: Verdict, builder: Builder, damage: Sequence[Sequence[float]]) -> Verdict:
     """The verdict with a reason beside every move of its plan."""
     finalist = verdict.finalist
@@ -190,6 +230,11 @@ def settle(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     verdict: Verdict | None = None
     for _ in range(FINAL_TRIES):
         verdict = choose(request, builder, judge, search)
+        try:
+            verify_final(builder.prepared.referee, verdict)
+        except VerificationError as error:  # never shipped: named in the report, and another one is chosen
+            builder.discard(verdict.finalist.candidate.genome, error)
+            continue
         final = measure_final(request, builder.stopwatch, verdict)
         finalist = replace(verdict.finalist, relative=final.relative)
         seconds = sum(c.weight * t.median_s for c, t in zip(request.workload, final.before, strict=True))
@@ -201,11 +246,21 @@ def settle(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     raise infeasible(request, builder, search, verdict)
 
 
+def verify_final(referee: Referee, verdict: Verdict) -> None:
+    """Hold what is about to be returned against the original once more, as it is now.
+
+    Raises:
+        VerificationError: It may not be returned.
+    """
+    realized = verdict.finalist.realized
+    if verdict.finalist.changed:
+        moves = realized.plan.moves
+        referee.check(realized.program, describe(moves), exact=not moves)
+
+
 def measure_final(request: Request, stopwatch: Stopwatch, verdict: Verdict) -> Final:
-    """Verify the result's structure, time it against the original once more, and audit its kernels."""
+    """Time the result against the original once more, and audit its kernels."""
     program = verdict.finalist.realized.program
-    verify_structure(program, "apply")
-    check(program)
     if request.draft == request.target:
         before, after, relative = stopwatch.latencies(program.model, seconds=FINAL_SECONDS)
     else:

@@ -284,7 +284,7 @@ def test_a_backend_without_operator_prices_is_planned_on_whole_models(monkeypatc
     )
     evidence = tiny("size<=0.5x").evidence
     assert evidence["size_ratio"] <= 0.5
-    assert not list(tmp_path.rglob("*.json"))  # no operator was priced
+    assert not list(tmp_path.rglob("prices-*.json"))  # no operator was priced
 
 
 def test_the_last_measurement_can_turn_a_plan_down(monkeypatch):

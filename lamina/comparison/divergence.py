@@ -12,10 +12,9 @@ from lamina.backends.backend import Executable, Target
 from lamina.backends.reference import compile_reference
 from lamina.comparison.fingerprints import closest, fingerprints
 from lamina.comparison.lineage import Lineage, exposed, observable
-from lamina.comparison.running import tolerance_of
 from lamina.comparison.verdict import Divergence
 from lamina.errors import LaminaError
-from lamina.ir.difference import Difference, difference, unit
+from lamina.ir.difference import Difference, difference, tolerance_of, unit
 from lamina.ir.probe_inputs import Probe
 from lamina.ir.program import Program
 

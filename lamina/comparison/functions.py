@@ -8,12 +8,13 @@ from typing import Any
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.comparison.divergence import first_divergence
-from lamina.comparison.running import DEFAULT_TOLERANCE, Tally, run_both, summarize, trials
+from lamina.comparison.running import Tally, run_both, summarize, trials
 from lamina.comparison.structure import compare_structure, differing, shared_outputs
 from lamina.comparison.verdict import Comparison, Divergence, OutputDifference
 from lamina.data import Dataset, load_data
 from lamina.errors import BudgetError, DataError
 from lamina.ir.capture import capture
+from lamina.ir.difference import DEFAULT_TOLERANCE
 from lamina.ir.program import Program
 
 

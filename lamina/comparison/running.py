@@ -11,13 +11,10 @@ from lamina.backends.backend import Executable
 from lamina.comparison.verdict import OutputDifference
 from lamina.data import Dataset
 from lamina.errors import LaminaError
-from lamina.ir.difference import Difference, difference, epsilon, is_discrete, unit
+from lamina.ir.difference import Difference, difference, epsilon, is_discrete, tolerance_of, unit
 from lamina.ir.probe_inputs import Probe, probe_inputs
 from lamina.ir.program import Program
 
-DEFAULT_TOLERANCE = 1e-5
-# Default tolerance of dtypes too short for 1e-5, in units of their relative spacing.
-_SHORT_TYPE_ULPS = 8
 # The first model's own movement under rounded inputs, times this, excuses a difference on an edge input: deep
 # networks round at every operator, the test rounds once.
 _ROUNDING_FACTOR = 16
@@ -150,13 +147,6 @@ def summarize(tally: Tally, name: str, tolerance: float | None) -> OutputDiffere
         worst_input=None if worst is None else worst.trial.probe.label,
         reason=reasons[0] if reasons else None,
     )
-
-
-def tolerance_of(dtype: np.dtype[np.generic], given: float | None) -> float:
-    """What counts as equal: nothing but equality for discrete values, else ``given`` or the dtype's own."""
-    if is_discrete(dtype):
-        return 0.0
-    return max(DEFAULT_TOLERANCE, _SHORT_TYPE_ULPS * epsilon(dtype)) if given is None else given
 
 
 def _beyond(tally: Tally, seen: _Seen, tolerance: float | None) -> bool:

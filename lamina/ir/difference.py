@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+DEFAULT_TOLERANCE = 1e-5
+# Default tolerance of dtypes too short for 1e-5, in units of their relative spacing.
+_SHORT_TYPE_ULPS = 8
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -69,6 +73,13 @@ def epsilon(dtype: np.dtype[np.generic]) -> float:
         return 0.0
     real = np.dtype(f"f{dtype.itemsize // 2}") if dtype.kind == "c" else dtype
     return float(ml_dtypes.finfo(real).eps)
+
+
+def tolerance_of(dtype: np.dtype[np.generic], given: float | None = None) -> float:
+    """What counts as equal: nothing but equality for discrete values, else ``given`` or the dtype's own."""
+    if is_discrete(dtype):
+        return 0.0
+    return max(DEFAULT_TOLERANCE, _SHORT_TYPE_ULPS * epsilon(dtype)) if given is None else given
 
 
 def _unequal(before: np.ndarray, after: np.ndarray) -> Difference:

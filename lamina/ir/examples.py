@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-_BATCH, _SPATIAL, _OTHER = 2, 64, 8
+from lamina.errors import DataError
+
+# Made-up sizes of the first axis, of an image's others and of any others; the first that stay small are used.
+_SIZES = ((2, 64, 8), (2, 8, 4), (2, 2, 2), (1, 1, 1))
+_SMALL, _LIMIT = 1 << 24, 1 << 28  # elements of one input
 # Operators that hand index values on unchanged (or a subset of them), by input position.
 _CARRIERS = frozenset(
     {
@@ -35,34 +39,56 @@ def synthesize(model: ir.Model) -> dict[str, np.ndarray]:
 
     Floats are standard normal, masks ones, integers in the range of the smallest table they index
     (0 and 1 where they index none); the seed is fixed.
+
+    Raises:
+        DataError: The fixed dims of an input alone make it too large to be made up.
     """
-    sizes: dict[str, int] = {}
-    feeds = {}
-    for value in model.graph.inputs:
-        if value.name in model.graph.initializers or not value.name:
-            continue
-        shape = tuple(_size(value, i, d, sizes) for i, d in enumerate(value.shape or ()))
-        feeds[value.name] = draw_values(value, shape)
-    return feeds
+    values = [v for v in model.graph.inputs if v.name and v.name not in model.graph.initializers]
+    shapes = _shapes(values)
+    return {v.name: draw_values(v, s) for v, s in zip(values, shapes, strict=True) if v.name}
 
 
-def _size(value: ir.Value, axis: int, dim: int | ir.SymbolicDim, sizes: dict[str, int]) -> int:
+def _shapes(values: Sequence[ir.Value]) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = []
+    for defaults in _SIZES:
+        sizes: dict[str, int] = {}
+        shapes = [tuple(_size(v, i, d, sizes, defaults) for i, d in enumerate(v.shape or ())) for v in values]
+        if all(math.prod(shape) <= _SMALL for shape in shapes):
+            return shapes
+    for value, shape in zip(values, shapes, strict=True):
+        if math.prod(shape) > _LIMIT:
+            raise DataError(
+                f"input '{value.name}' has {math.prod(shape):,} elements: no example of it is made up",
+                advice="give example_inputs, or a model whose inputs fit into memory",
+            )
+    return shapes
+
+
+def _size(
+    value: ir.Value,
+    axis: int,
+    dim: int | ir.SymbolicDim,
+    sizes: dict[str, int],
+    defaults: tuple[int, int, int],
+) -> int:
+    made_up = _default(value, axis, defaults)
     if isinstance(dim, int):
-        return dim if dim >= 0 else _default(value, axis)
+        return dim if dim >= 0 else made_up
     symbol = str(dim.value) if dim.value is not None else ""
     if not symbol:
-        return _default(value, axis)
+        return made_up
     known = evaluate_dim(symbol, sizes)
     if known is None:
-        known = sizes[symbol] = _default(value, axis)
+        known = sizes[symbol] = made_up
     return known
 
 
-def _default(value: ir.Value, axis: int) -> int:
+def _default(value: ir.Value, axis: int, defaults: tuple[int, int, int]) -> int:
+    batch, spatial, other = defaults
     if axis == 0:
-        return _BATCH
+        return batch
     image = value.dtype is not None and value.dtype.is_floating_point() and len(value.shape or ()) >= 4
-    return _SPATIAL if image else _OTHER
+    return spatial if image else other
 
 
 def evaluate_dim(symbol: str, sizes: dict[str, int]) -> int | None:
@@ -72,7 +98,7 @@ def evaluate_dim(symbol: str, sizes: dict[str, int]) -> int | None:
     parts = re.split(r"\s*([-+*])\s*", symbol.strip())
     if len(parts) < 3:
         return None
-    terms = [int(p) if p.isdigit() else sizes.get(p) for p in parts[0::2]]
+    terms = [int(p) if p.isdecimal() and len(p) <= 12 else sizes.get(p) for p in parts[0::2]]
     if any(t is None for t in terms):
         return None
     total = terms[0] or 0
@@ -120,6 +146,6 @@ def _indexed(node: ir.Node, index: int) -> Iterator[int]:
         if position != index or data is None or data.shape is None:
             continue
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        size = data.shape[axis]
+        size = data.shape[axis] if -len(data.shape) <= axis < len(data.shape) else None
         if isinstance(size, int):
             yield size

@@ -48,6 +48,8 @@ def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> None:
     protos = {n.name: n for n in proto.node}
     for node in graph:
         for value in node.outputs:
+            if not value.is_graph_output():  # what an earlier inference left in the file
+                value.shape = known_dims(value.shape)
             if value.name in infos:
                 _refine(value, infos[value.name])
         inner_protos = _graph_attributes(protos.get(node.name or ""))
@@ -78,14 +80,28 @@ def _refine(value: ir.Value, info: onnx.ValueInfoProto) -> None:
 
 
 def _shape(info: onnx.ValueInfoProto) -> ir.Shape | None:
-    return ir.serde.deserialize_type_proto_for_shape(info.type)
+    return known_dims(ir.serde.deserialize_type_proto_for_shape(info.type))
+
+
+def known_dims(shape: ir.Shape | None) -> ir.Shape | None:
+    """``shape`` without the names onnx's inference makes up for dims it does not know.
+
+    trap: each run of it counts from zero, so two values that say ``unk__0`` need not agree.
+    """
+    if shape is None or not any(_made_up(d) for d in shape):
+        return shape
+    return ir.Shape([None if _made_up(d) else d for d in shape])
+
+
+def _made_up(dim: int | ir.SymbolicDim) -> bool:
+    return not isinstance(dim, int) and str(dim.value).startswith("unk__")
 
 
 def _better(inferred: int | ir.SymbolicDim, declared: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
     """A number beats a name, the model's own name beats a made-up one, anything beats nothing."""
     if isinstance(inferred, int):
         return inferred
-    if inferred.value is None or str(inferred.value).startswith("unk__"):
+    if inferred.value is None:
         return declared if isinstance(declared, int) or declared.value is not None else inferred
     return inferred
 

@@ -13,11 +13,11 @@ from lamina.errors import CaptureError, UnsupportedOperator
 from lamina.ir import opset
 from lamina.ir.inference import infer_shapes as infer_shapes
 from lamina.ir.names import make_names_unique, subgraphs
+from lamina.ir.opaque import STANDARD, opaque_subgraphs_hidden
 from lamina.ir.skeleton import skeleton
 from lamina.ir.tensors import ExternalFiles, own, shape_of
 
 OLDEST = 13  # what older models are raised to
-STANDARD = frozenset({"", "ai.onnx"})
 _EXPORT_AGAIN = "the model is invalid: export it again, or check it with onnx.checker"
 
 
@@ -38,8 +38,9 @@ def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
     _check_references(model, source)
     _sort(model, source)
     _own_tensors(model, source, files)
-    _lift_constants(model)
-    common.LiftSubgraphInitializersToMainGraphPass()(model)
+    with opaque_subgraphs_hidden(model):
+        _lift_constants(model)
+        common.LiftSubgraphInitializersToMainGraphPass()(model)
     common.RemoveInitializersFromInputsPass()(model)
     make_names_unique(model)
     _tidy_interface(model, source)

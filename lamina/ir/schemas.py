@@ -69,7 +69,14 @@ def type_text(value: ir.Value | None) -> str | None:
     """The type in ONNX's own notation, ``tensor(float)``; None where it is not known."""
     if value is None or value.type is None:
         return None
+    if type(value.type) is ir.TensorType:
+        return _tensor_text(value.type.dtype)
     return _text(value.type)
+
+
+@lru_cache
+def _tensor_text(dtype: ir.DataType) -> str | None:
+    return None if dtype == ir.DataType.UNDEFINED else f"tensor({dtype.name.lower()})"
 
 
 def _text(kind: ir.TypeProtocol) -> str | None:
@@ -79,9 +86,7 @@ def _text(kind: ir.TypeProtocol) -> str | None:
     if isinstance(kind, ir.OptionalType):
         inner = _text(kind.elem_type)
         return None if inner is None else f"optional({inner})"
-    if isinstance(kind, ir.TensorType) and kind.dtype != ir.DataType.UNDEFINED:
-        return f"tensor({kind.dtype.name.lower()})"
-    return None
+    return _tensor_text(kind.dtype) if isinstance(kind, ir.TensorType) else None
 
 
 @lru_cache(maxsize=4096)

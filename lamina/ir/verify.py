@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
+
 import onnx
 import onnx_ir as ir
 
-from lamina.errors import CaptureError, VerificationError
+from lamina.errors import BudgetError, CaptureError, VerificationError
 from lamina.ir.names import subgraphs
 from lamina.ir.normalize import check_valid, label
 from lamina.ir.program import Program
 from lamina.ir.schemas import KNOWN_DOMAINS, fault_of_operator, fault_of_types, type_text
 from lamina.ir.skeleton import skeleton
 from lamina.ir.tensors import shape_of
+
+
+def verify_all() -> bool:
+    """Whether ``LAMINA_VERIFY=all`` asks for every check, execution included, after every single change.
+
+    Raises:
+        BudgetError: The variable says something else.
+    """
+    level = os.environ.get("LAMINA_VERIFY", "")
+    if level not in ("", "all"):
+        raise BudgetError(
+            f"LAMINA_VERIFY={level} is not understood",
+            advice="set it to all, or unset it for structure after every pass",
+        )
+    return level == "all"
 
 
 def verify_structure(subject: Program | ir.Model, pass_name: str = "") -> None:
@@ -99,7 +116,7 @@ class _Verifier:
         if value.dtype is not None and value.dtype != tensor.dtype:
             dtypes = f"{value.dtype.name}, its data {tensor.dtype.name}"
             self._fail(f"initializer '{value.name}' is declared {dtypes}", where)
-        if value.shape is not None and tuple(value.shape) != tuple(shape_of(tensor)):
+        if value.shape is not None and not _fits(value.shape, tensor):
             self._fail(
                 f"initializer '{value.name}' is declared {value.shape}, its data {shape_of(tensor)}", where
             )
@@ -187,6 +204,13 @@ class _Verifier:
         raise VerificationError(
             after + what, where=where, advice=f"this is a bug in {culprit}: report it with the model"
         )
+
+
+def _fits(declared: ir.Shape, tensor: ir.TensorProtocol) -> bool:
+    """Whether data has the declared shape; the dims of an output may be dynamic and its data constant."""
+    dims = tensor.shape.numpy()
+    pairs = zip(declared, dims, strict=False)
+    return len(declared) == len(dims) and all(d == n for d, n in pairs if isinstance(d, int))
 
 
 def _check_types(model: ir.Model) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import onnx_ir as ir
 
-from lamina.errors import PassError
+from lamina.errors import LaminaError, PassError
 from lamina.ir.opset import raise_opset
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
+from lamina.ir.verify import verify_all, verify_structure
 from lamina.passes import get_transform
 from lamina.passes.fold import cleanup
 from lamina.passes.pass_ import Transform
 from lamina.planner.plan import Move
+from lamina.planner.thorough import verify_thoroughly
 
 
 def required_opset(moves: Iterable[Move]) -> int:
@@ -33,15 +36,31 @@ def apply_moves(program: Program, moves: Sequence[Move]) -> Program:
 
 
 def apply_drops(program: Program, moves: Sequence[Move]) -> Program:
-    """Only the moves that remove their site, on a clone, cleaned up."""
-    chosen = [m for m in moves if m.option.name == "drop"]
-    return cleanup(_emit_all(program, chosen)) if chosen else program.clone()
+    """Only the moves that remove their site, on a clone, cleaned up.
+
+    Raises:
+        PassError: A move cannot be applied; names it.
+        VerificationError: What it leaves is not whole.
+    """
+    return _applied(program, [m for m in moves if m.option.name == "drop"])
 
 
 def apply_rest(program: Program, moves: Sequence[Move]) -> Program:
-    """The moves that rewrite their site, on a clone, cleaned up."""
-    chosen = [m for m in moves if m.option.name != "drop"]
-    return cleanup(_emit_all(program, chosen)) if chosen else program.clone()
+    """The moves that rewrite their site, on a clone, cleaned up.
+
+    Raises:
+        PassError: A move cannot be applied; names it.
+        VerificationError: What it leaves is not whole.
+    """
+    return _applied(program, [m for m in moves if m.option.name != "drop"])
+
+
+def _applied(program: Program, moves: Sequence[Move]) -> Program:
+    if not moves:
+        return program.clone()
+    emitted = _emit_all(program, moves)
+    verify_structure(emitted, ", ".join(sorted({m.site.transform for m in moves})))
+    return cleanup(emitted)
 
 
 def _emit_all(program: Program, moves: Sequence[Move]) -> Program:
@@ -50,18 +69,42 @@ def _emit_all(program: Program, moves: Sequence[Move]) -> Program:
     if clone.opset < version:
         raise_opset(clone.model, version)
     rewriter = Rewriter(clone.model)
-    finishers: list[Callable[[], None]] = []
+    finishers: list[tuple[Move, Callable[[], None]]] = []
+    thorough = verify_all()
     # trap: dropping a sum that is an interface output hands its name to the one before it
     outputs = [site_outputs(move, rewriter) for move in moves]
     for move, replaced in zip(moves, outputs, strict=True):
         transform = get_transform(move.site.transform)
-        emit_move(transform, move, rewriter, replaced)
+        with _naming(move):
+            emit_move(transform, move, rewriter, replaced)
+        if thorough:
+            verify_thoroughly(clone, _name(move))
         finish = getattr(transform, "finish", None)
         if finish is not None:
-            finishers.append(partial(finish, move.site, rewriter))
-    for finisher in finishers:
-        finisher()
+            finishers.append((move, partial(finish, move.site, rewriter)))
+    for move, finisher in finishers:
+        with _naming(move):
+            finisher()
     return clone
+
+
+@contextmanager
+def _naming(move: Move) -> Iterator[None]:
+    """Whatever goes wrong inside names the move."""
+    try:
+        yield
+    except LaminaError:
+        raise
+    except Exception as error:  # a bug in a transform, perhaps a third party's: the planner leaves it out
+        transform = move.site.transform
+        raise PassError(
+            f"{_name(move)} failed: {type(error).__name__}: {error}",
+            advice=f"this is a bug in {transform}: report it, and leave it out with transforms=[...]",
+        ) from error
+
+
+def _name(move: Move) -> str:
+    return f"{move.site.transform} {move.option.name} at '{move.site.name}'"
 
 
 def emit_move(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from lamina.ir.io import serialized_size
+from lamina.planner.blame import blame, describe, reason_of, trial, undone
 from lamina.planner.prepare import Prepared, build
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
@@ -44,6 +45,8 @@ class Builder:
     prepared: Prepared
     stopwatch: Stopwatch
     done: dict[Genome, Finalist] = field(default_factory=dict)
+    failed: set[Genome] = field(default_factory=set)
+    broken: set[tuple[int, int]] = field(default_factory=set)  # (choice, gene)
     _memory: dict[Genome | None, int] = field(default_factory=dict)
 
     @property
@@ -74,12 +77,47 @@ class Builder:
         return self._memory[key]
 
     def finish(self, candidates: Sequence[Candidate], *, seconds: float) -> list[Finalist]:
-        """Finished and timed; those seen before are not built again."""
-        new = [c for c in candidates if c.genome not in self.done]
-        realized = [build(self.request, self.prepared, c.genome, recalibrate=True) for c in new]
-        if new:
-            times = self.stopwatch.compare([r.program.model for r in realized], seconds=seconds)
-            for candidate, made, relative in zip(new, realized, times, strict=True):
-                self.done[candidate.genome] = Finalist(candidate, made, relative)
+        """Finished, verified and timed; those seen before are not built again, broken ones are left out."""
+        new = [c for c in candidates if c.genome not in self.done and self.usable(c.genome)]
+        made = [(c, r) for c in new if (r := self._verified(c.genome)) is not None]
+        if made:
+            times = self.stopwatch.compare([r.program.model for _, r in made], seconds=seconds)
+            for (candidate, realized), relative in zip(made, times, strict=True):
+                self.done[candidate.genome] = Finalist(candidate, realized, relative)
                 self.prepared.whole[candidate.genome] = relative.ratio
-        return [self.done[c.genome] for c in candidates]
+        return [self.done[c.genome] for c in candidates if c.genome in self.done]
+
+    def usable(self, genome: Genome) -> bool:
+        """Whether neither the candidate nor one of its moves proved broken."""
+        return genome not in self.failed and not self.broken.intersection(enumerate(genome))
+
+    def blameless(self, genome: Genome) -> bool:
+        """Whether no single move of a broken candidate is broken on its own."""
+        return not self.broken.intersection(enumerate(genome))
+
+    def discard(self, genome: Genome, error: Exception) -> None:
+        """Take a candidate out of the race, and name the moves that are to blame in the report."""
+        self.failed.add(genome)
+        self.done.pop(genome, None)
+        space = self.prepared.costs.space
+        moves = space.moves(genome)
+        culprits = blame(moves, trial(space.program, self.prepared.referee))
+        entries = undone(culprits) or [
+            {"pass": describe(moves), "where": f"a plan of {len(moves)} moves", "reason": reason_of(error)}
+        ]
+        self.prepared.undone.extend(e for e in entries if e not in self.prepared.undone)
+        names = {(m.site.transform, m.site.name, m.option.name) for m, _ in culprits}
+        for index, choice in enumerate(space.choices):
+            for gene, option in enumerate(choice.options, 1):
+                if (choice.site.transform, choice.site.name, option.name) in names:
+                    self.broken.add((index, gene))
+
+    def _verified(self, genome: Genome) -> Realized | None:
+        try:
+            made = build(self.request, self.prepared, genome, recalibrate=True)
+            moves = made.plan.moves
+            self.prepared.referee.check(made.program, describe(moves), exact=not moves)
+        except Exception as error:  # a broken move costs its candidate, never the run
+            self.discard(genome, error)
+            return None
+        return made

@@ -92,6 +92,7 @@ def evidence(
         },
         "moves": [_move(m) for m in verdict.finalist.realized.plan.moves],
         "forms": list(builder.prepared.folded.log),
+        "undone": [dict(entry) for entry in builder.prepared.undone],
         "audit": {"kernels": dict(final.audit.counts), "fell_back": list(final.audit.fell_back)},
         "coverage": coverage(builder, candidate),
         "refusals": [asdict(r) for r in builder.prepared.costs.space.refusals],

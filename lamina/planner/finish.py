@@ -37,13 +37,15 @@ def shortlist(builder: Builder, candidates: Sequence[Candidate], goal: Goal) -> 
         goal: What the search was after.
     """
     costs = builder.prepared.costs
-    feasible = [c for c in candidates if c.feasible(goal)]
     for _ in range(ROUNDS):
+        feasible = [c for c in candidates if c.feasible(goal) and builder.usable(c.genome)]
         fresh = sorted(feasible, key=lambda c: _predicted(c, costs.predict(c.genome), goal))
         builder.finish(fresh[:BUILDS], seconds=1.5 * (BUILDS + 1))
         before = dict(costs.scale)
         fit_scales(costs, builder.prepared.whole)
-        if before == costs.scale or all(c.genome in builder.done for c in feasible):
+        if before == costs.scale or all(
+            c.genome in builder.done or not builder.usable(c.genome) for c in feasible
+        ):
             break
 
 
@@ -69,6 +71,10 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     goal = search.goal
     allowed = goal.allowed_damage
     shortlist(builder, search.ranked(), goal)
+    for _ in range(LOOKS):
+        if not look_elsewhere(builder, search):
+            break
+        shortlist(builder, search.ranked(), goal)
     limit, failed = float("inf"), None
     for _ in range(LOOKS):
         finalist = _next(request, builder, search, limit)
@@ -84,12 +90,21 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     nothing = builder.prepared.costs.space.nothing
     unchanged = next((c for c in candidates if c.genome == nothing), None)
     if unchanged is not None and unchanged.feasible(goal):
-        (finalist,) = builder.finish([unchanged], seconds=3.0)
-        if affordable(request, builder, finalist):
-            return judge.score(finalist)
+        for finalist in builder.finish([unchanged], seconds=3.0):
+            if affordable(request, builder, finalist):
+                return judge.score(finalist)
         if not request.budget.costs:  # nothing measured faster: the model as it was given holds any drop
             return judge.score(as_given(request, builder, unchanged))
     raise infeasible(request, builder, search, failed)
+
+
+def look_elsewhere(builder: Builder, search: Search) -> bool:
+    """Look for plans without the moves, and around the plans, that proved broken; whether any are new."""
+    again = search.forbid(builder.broken)
+    if again:
+        search.run()
+    detours = [search.detour(genome) for genome in sorted(builder.failed) if builder.blameless(genome)]
+    return again or any(detours)
 
 
 def as_given(request: Request, builder: Builder, unchanged: Candidate) -> Finalist:
@@ -108,7 +123,11 @@ def _next(
     """The best finalist whose divergence is at most ``limit``; below a limit more are built."""
     goal, costs = search.goal, builder.prepared.costs
     if np.isfinite(limit):
-        faithful = [c for c in search.ranked() if c.feasible(goal) and c.surrogate <= limit]
+        faithful = [
+            c
+            for c in search.ranked()
+            if c.feasible(goal) and c.surrogate <= limit and builder.usable(c.genome)
+        ]
         faithful.sort(key=lambda c: _predicted(c, costs.predict(c.genome), goal))
         builder.finish(faithful[:2], seconds=4.0)
     fit = [

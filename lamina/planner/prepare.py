@@ -17,6 +17,7 @@ from lamina.ir.io import serialized_size
 from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
 from lamina.passes.pass_ import Site
+from lamina.planner.blame import Undone, blame_space, undone
 from lamina.planner.costs import Costs, fit_scales
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.forms import Folded
@@ -24,6 +25,7 @@ from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs, shared_costs
 from lamina.planner.realize import Realized, realize
+from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.space import Genome, Space, build_space
 from lamina.planner.supergraph import Supergraph, build_supergraph
@@ -47,7 +49,9 @@ class Prepared:
         statistics: From the calibration run.
         costs: Prices of the options that can help.
         original_cost: FLOPs, parameters and the like of the original.
+        referee: Holds what is built against the original.
         whole: Genome -> latency ratio measured on the finished model.
+        undone: What was left out because it broke: pass, place and reason.
     """
 
     folded: Folded
@@ -55,11 +59,13 @@ class Prepared:
     statistics: Statistics
     costs: Costs
     original_cost: CostResult
+    referee: Referee
     whole: dict[Genome, float] = field(default_factory=dict)
+    undone: list[Undone] = field(default_factory=list)
 
 
-def prepare(request: Request, folded: Folded, stopwatch: Stopwatch) -> Prepared:
-    """Run every analysis the search needs."""
+def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Referee) -> Prepared:
+    """Run every analysis the search needs; options that cannot be applied are left out, and told."""
     progress, program = request.progress, folded.program
     transforms = [get_transform(name) for name in request.transforms]
     with progress.stage("analyze"):
@@ -72,12 +78,44 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch) -> Prepared:
             progress=lambda done, total: progress.update("analyze", done, total),
         )
         space = build_space(program, transforms, statistics, request.target)
+    told: list[Undone] = []
     with progress.stage("price"):
-        costs, original_cost = _price(request, folded, space, stopwatch)
+        while True:
+            try:
+                return _priced(request, folded, space, statistics, stopwatch, referee, told)
+            except Exception as error:  # a bug in a transform costs its moves, not the run
+                space = sound(space, referee, error, told)
+
+
+def reprepare(request: Request, prepared: Prepared, stopwatch: Stopwatch, error: Exception) -> Prepared:
+    """Price anew without the options that are to blame for ``error``; raises it where none is."""
+    space = sound(prepared.costs.space, prepared.referee, error, prepared.undone)
+    kept = prepared.folded, space, prepared.statistics
+    return _priced(request, *kept, stopwatch, prepared.referee, prepared.undone)
+
+
+def sound(space: Space, referee: Referee, error: Exception, told: list[Undone]) -> Space:
+    """The space without the options that are to blame for ``error``; raises it where none is."""
+    culprits = blame_space(space, referee)
+    if not culprits:
+        raise error
+    told.extend(undone(culprits))
+    return space.without({(m.site.transform, m.site.name, m.option.name) for m, _ in culprits})
+
+
+def _priced(
+    request: Request,
+    folded: Folded,
+    space: Space,
+    statistics: Statistics,
+    stopwatch: Stopwatch,
+    referee: Referee,
+    told: list[Undone],
+) -> Prepared:
+    costs, original_cost = _price(request, folded, space, stopwatch)
     plan = Plan(request.program.fingerprint, folded.names, target=str(request.target))
-    prepared = Prepared(folded, plan, statistics, costs, original_cost)
-    with progress.stage("price"):
-        _measure_groups(request, prepared, stopwatch)
+    prepared = Prepared(folded, plan, statistics, costs, original_cost, referee, undone=told)
+    _measure_groups(request, prepared, stopwatch)
     return prepared
 
 

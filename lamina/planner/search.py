@@ -8,7 +8,7 @@ believed (staged selection after EvoPress, Sieberling et al. 2024).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,6 +21,8 @@ from lamina.planner.space import Genome
 # Standard errors added to a measured damage. One would prefer the luckiest of the candidates that change much
 # (their errors are large) to none at all; report data has the last word anyway.
 CAUTION = 0.5
+# Plans looked for around one that proved broken as a whole.
+DETOURS = 8
 # Share of the present cost that a change must save: less would drown in the noise of the prices.
 LEAST_GAIN = 0.001
 
@@ -92,6 +94,8 @@ class Search:
         self.seconds, self.random = seconds, np.random.default_rng(seed)
         self.report = report or (lambda done, total, note: None)
         self.archive: dict[Genome, Candidate] = {}
+        self.forbidden: set[tuple[int, int]] = set()
+        self.detoured: set[Genome] = set()
         self.screen = max(1, len(evaluator.batches) // 4)
         self.start = time.perf_counter()
 
@@ -101,6 +105,37 @@ class Search:
         """Whether the time budget is spent."""
         return time.perf_counter() - self.start > self.seconds
 
+    def forbid(self, genes: Collection[tuple[int, int]]) -> bool:
+        """Leave options (choice, gene) out from now on, as they proved broken; whether that was news."""
+        new = set(genes) - self.forbidden
+        self.forbidden |= new
+        for index, gene in new:
+            self.damage[index][gene - 1] = 1e9
+        self.archive = {g: c for g, c in self.archive.items() if not new.intersection(enumerate(g))}
+        return bool(new)
+
+    def detour(self, genome: Genome) -> bool:
+        """Measure the best plans that leave out one of a genome's options, as the whole proved broken.
+
+        Returns:
+            Whether this was not done for ``genome`` before.
+        """
+        if genome in self.detoured:
+            return False
+        self.detoured.add(genome)
+        allowed = self.surrogate(genome)
+        for index, gene in [(i, g) for i, g in enumerate(genome) if g][:DETOURS]:
+            row = self.damage[index]
+            kept, row[gene - 1] = row[gene - 1], 1e9
+            if self.goal.minimize == "damage":
+                other = solve(self.costs, self.damage, minimize="damage", bounds=self.goal.bounds)
+            else:
+                other = self._solve(allowed)
+            row[gene - 1] = kept
+            if other is not None:
+                self.measure(other)
+        return True
+
     def surrogate(self, genome: Genome) -> float:
         """Sum of single-site divergences."""
         return sum(self.damage[i][g - 1] for i, g in enumerate(genome) if g)
@@ -108,6 +143,8 @@ class Search:
     def measure(self, genome: Genome) -> Candidate | None:
         """Score on all samples, unless a few already show that it is hopeless; None then."""
         genome = self.costs.space.canonical(genome)
+        if self.forbidden.intersection(enumerate(genome)):
+            return None
         if genome in self.archive:
             return self.archive[genome]
         if self.screen < len(self.evaluator.batches):

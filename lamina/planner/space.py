@@ -7,7 +7,7 @@ canonical form and no two genomes mean the same program.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from lamina.analysis.statistics import Statistics
@@ -83,6 +83,16 @@ class Space:
             for choice, gene in zip(self.choices, self.canonical(genome), strict=True)
             if gene
         )
+
+    def without(self, names: Collection[tuple[str, str, str]]) -> Space:
+        """The space without some options, each given as transform, site and option name."""
+        kept = []
+        for choice in self.choices:
+            site = choice.site
+            options = tuple(o for o in choice.options if (site.transform, site.name, o.name) not in names)
+            if options:
+                kept.append(replace(choice, options=options, span=frozenset(site.nodes), parent=None))
+        return Space(self.program, _nest(kept), self.refusals)
 
     def uniform(self, option: str, kinds: Iterable[str] | None = None) -> Genome:
         """The genome that takes ``option`` wherever it is offered (at sites of ``kinds``, when given)."""

@@ -149,6 +149,9 @@ def _warnings(console: Console, evidence: Mapping[str, Any]) -> None:
         console.print("[yellow]no data was given: inputs were made up, damage is only an indication[/yellow]")
     if evidence["report_looks"] > 1:
         console.print(f"report data was looked at {evidence['report_looks']} times")
+    for entry in evidence["undone"]:
+        text = f"left out: {entry['pass']} ({entry['where']}): {entry['reason']}"
+        console.print(f"[yellow]{escape(text)}[/yellow]", highlight=False, soft_wrap=True)
     fell_back = evidence["audit"]["fell_back"]
     if fell_back:
         console.print(f"[yellow]{len(fell_back)} operators run as something else than planned[/yellow]")

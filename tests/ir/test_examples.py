@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_tools import run
 
+from lamina.errors import DataError
 from lamina.ir.capture import capture
 
 
@@ -74,3 +76,19 @@ def test_images_get_some_room() -> None:
     inputs = [_info("image", TensorProto.FLOAT, ["b", 3, "h", "w"])]
     example = capture(_model(inputs, [helper.make_node("Relu", ["image"], ["y"])])).example
     assert example["image"].shape[2:] == (64, 64)
+
+
+def test_many_dynamic_dims_stay_small() -> None:
+    inputs = [_info("x", TensorProto.FLOAT, [f"d{i}" for i in range(14)]), _info("y", 1, ["d3", "d4"])]
+    example = capture(_model(inputs, [helper.make_node("Relu", ["x"], ["z"])])).example
+    assert 1 < example["x"].size <= 1 << 24
+    assert example["x"].shape[3:5] == example["y"].shape
+
+
+def test_inputs_too_large_to_be_made_up_are_named() -> None:
+    model = _model(
+        [_info("x", TensorProto.FLOAT, ["n", 100_000, 100_000])], [helper.make_node("Relu", ["x"], ["y"])]
+    )
+    with pytest.raises(DataError, match="input 'x' has 10,000,000,000 elements") as caught:
+        capture(model)
+    assert "give example_inputs" in str(caught.value)

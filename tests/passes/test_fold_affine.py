@@ -314,8 +314,10 @@ def test_refuses_a_value_that_a_subgraph_reads() -> None:
 
 def test_refuses_shared_weights() -> None:
     shared = "its weight is shared: a copy would grow the file"
-    refused("k = Conv(x, w) m = Mul(k, s) j = Conv(x, w) y = Max(m, j)", {"w": W, "s": S}, shared)
-    refused("m = Mul(x, s) k = Conv(m, w) j = Conv(x, w) y = Max(k, j)", {"w": W, "s": S}, shared)
+    weights = {"w": random(np.random.default_rng(3), 3, 3, 3, 3), "s": S}
+    conv = "Conv <pads=[1,1,1,1]>"
+    refused(f"k = {conv}(x, w) m = Mul(k, s) j = {conv}(x, w) y = Max(m, j)", weights, shared)
+    refused(f"m = Mul(x, s) k = {conv}(m, w) j = {conv}(x, w) y = Max(k, j)", weights, shared)
 
 
 def test_a_shared_weight_smaller_than_what_goes_is_copied() -> None:

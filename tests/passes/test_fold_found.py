@@ -97,3 +97,47 @@ def test_operators_of_an_unknown_domain_are_left_alone() -> None:
         onnx.NodeProto(op_type=n.op_type, input=n.input, output=n.output) for n in model.graph.node[:3]
     ]
     assert [n.attribute[0].i for n in kept[:2]] == [3, 3]
+
+
+def test_subgraphs_of_opaque_operators_stay_closed() -> None:
+    score = helper.make_graph(
+        [
+            helper.make_node("Constant", [], ["two"], value_float=2.0),
+            helper.make_node("Mul", ["half", "two"], ["one"]),
+            helper.make_node("Mul", ["s", "one"], ["t"]),
+        ],
+        "score",
+        [helper.make_tensor_value_info("s", TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("t", TensorProto.FLOAT, None)],
+        [helper.make_tensor("half", TensorProto.FLOAT, [], [0.5])],
+    )
+    graph = helper.make_graph(
+        [helper.make_node("Attend", ["x"], ["y"], domain="acme", score=score)],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+    )
+    imports = [helper.make_opsetid("", 18), helper.make_opsetid("acme", 1)]
+    after, _, records = fold(capture(helper.make_model(graph, opset_imports=imports)), forms=form_names())
+    assert not _undone(records)
+    assert not after.graph.initializers
+    (kept,) = ir.to_proto(after.model).graph.node
+    inner = kept.attribute[0].g
+    assert [n.op_type for n in inner.node] == ["Constant", "Mul", "Mul"]
+    assert [t.name for t in inner.initializer] == ["half"]
+
+
+def test_a_constant_output_keeps_its_dynamic_dims() -> None:
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["a", "a"], ["y"])],
+        "g",
+        [],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n"])],
+        [helper.make_tensor("a", TensorProto.FLOAT, [3], [1.0, 2.0, 3.0])],
+    )
+    program = capture(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]))
+    after, names, records = fold(program)
+    assert not _undone(records)
+    assert names == ("fold_constants",)
+    assert after.outputs == program.outputs
+    assert after.outputs[0].shape == ("n",)

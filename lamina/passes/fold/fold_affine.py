@@ -24,8 +24,7 @@ from lamina.passes.fold.linear import (
     rounded,
     spread,
     with_carrier,
-    write_bias,
-    write_weight,
+    write,
 )
 from lamina.passes.pass_ import Effect, Rounding
 
@@ -69,12 +68,11 @@ class FoldAffine(LocalFold):
         """Write the folded constants and take the affine operator out."""
         linear, affine = match.linear, match.affine
         where = affine.node.name or affine.node.op_type
-        if match.weight is not None:
-            write_weight(rewriter, linear, match.weight)
         if affine.node is node:
             _close_after(rewriter, match)
         else:
-            _close_before(rewriter, match)
+            write(rewriter, linear, source=affine.source, weight=match.weight, bias=match.bias)
+            sweep(rewriter, [affine.node])
         rewriter.record(self.name, where, f"{affine.node.op_type} folded into '{linear.node.name}'")
 
 
@@ -184,31 +182,14 @@ def _folded(linear: Linear, affine: Affine, weights: Array | None, offset: Array
 
 def _close_after(rewriter: Rewriter, match: _Match) -> None:
     linear, affine = match.linear, match.affine
-    result = affine.node.outputs[0]
-    if match.bias is not None and linear.node.op_type == "MatMul" and linear.carrier is None:
-        value = rewriter.constant(match.bias, f"{linear.node.name}_bias_folded")
+    result, bias = affine.node.outputs[0], match.bias
+    if bias is not None and linear.node.op_type == "MatMul" and linear.carrier is None:
+        write(rewriter, linear, weight=match.weight)
+        value = rewriter.constant(bias, f"{linear.node.name}_bias_folded")
         substitute(rewriter, result, "Add", [linear.output, value])
         return
-    if match.bias is not None:
-        write_bias(rewriter, linear, match.bias)
+    write(rewriter, linear, weight=match.weight, bias=bias)
     if linear.output.shape is None:
         linear.output.shape = result.shape
     rewriter.replace_uses(result, linear.output)
     rewriter.remove([affine.node])
-
-
-def _close_before(rewriter: Rewriter, match: _Match) -> None:
-    linear, affine = match.linear, match.affine
-    linear.node.replace_input_with(0, affine.source)
-    if match.bias is not None and linear.node.op_type == "MatMul" and linear.carrier is None:
-        where, output = linear.node.name or "MatMul", linear.node.outputs[0]
-        rewriter.at(linear.node)
-        product = rewriter.op(
-            "MatMul", list(linear.node.inputs), name=f"{where}_projection", dtype=output.dtype
-        )
-        product.shape = None if output.shape is None else output.shape.copy()
-        value = rewriter.constant(match.bias, f"{where}_bias_folded")
-        substitute(rewriter, output, "Add", [product, value])
-    elif match.bias is not None:
-        write_bias(rewriter, linear, match.bias)
-    sweep(rewriter, [affine.node])

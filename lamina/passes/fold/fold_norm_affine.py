@@ -20,7 +20,6 @@ from lamina.passes.fold.graph import (
     normalized_axis,
     rank_of,
     sole_consumer,
-    substitute,
     sweep,
 )
 from lamina.passes.fold.linear import (
@@ -31,8 +30,7 @@ from lamina.passes.fold.linear import (
     paddings,
     rounded,
     with_carrier,
-    write_bias,
-    write_weight,
+    write,
 )
 from lamina.passes.pass_ import Effect, Rounding
 
@@ -122,9 +120,7 @@ class FoldNormAffine(LocalFold):
     def rewrite(self, node: ir.Node, match: Any, rewriter: Rewriter) -> None:
         """Write the readers' weights, then leave the normalization plain."""
         for reader in match.readers:
-            write_weight(rewriter, reader.linear, reader.weight)
-            if reader.bias is not None:
-                _write_bias(rewriter, reader)
+            write(rewriter, reader.linear, weight=reader.weight, bias=reader.bias)
             discard(rewriter, reader.linear.weight)
             discard(rewriter, reader.linear.bias)
         _make_plain(node, rewriter)
@@ -233,21 +229,6 @@ def _bias_reason(linear: Linear, label: str, add_bias: bool) -> str | None:
     if linear.bias is None:
         return None if add_bias else f"{label} has no bias to take the normalization's"
     return f"the bias of {label} is read elsewhere" if is_shared(linear.bias) else None
-
-
-def _write_bias(rewriter: Rewriter, reader: _Reader) -> None:
-    linear = reader.linear
-    assert reader.bias is not None
-    if linear.bias is not None or linear.node.op_type != "MatMul":
-        write_bias(rewriter, linear, reader.bias)
-        return
-    where, output = linear.node.name or "MatMul", linear.node.outputs[0]
-    rewriter.at(linear.node)
-    product = rewriter.op(
-        "MatMul", list(linear.node.inputs), name=f"{where}_projection", dtype=output.dtype, shape=output.shape
-    )
-    value = rewriter.constant(reader.bias, f"{where}_bias_folded")
-    substitute(rewriter, output, "Add", [product, value])
 
 
 def _make_plain(node: ir.Node, rewriter: Rewriter) -> None:

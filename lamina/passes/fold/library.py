@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from lamina.ir.opaque import opaque_subgraphs_hidden
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import constant, every_node
 from lamina.passes.pass_ import Fold
@@ -40,7 +41,7 @@ def is_fenced(node: ir.Node) -> bool:
 
 
 def stuck_identities(model: ir.Model) -> set[ir.Node]:
-    """The Identity nodes whose removal would lose an output's name: the interface or a subgraph needs them."""
+    """The Identity nodes whose removal would lose an output name that the interface or a subgraph needs."""
     stuck, named = set(), set()
     for node in every_node(model.graph):
         if node.op_type != "Identity" or not node.inputs or not node.outputs[0].is_graph_output():
@@ -72,17 +73,18 @@ def _source(node: ir.Node) -> ir.Value | None:
 
 @contextmanager
 def protected(model: ir.Model) -> Iterator[None]:
-    """Hide fenced nodes from library passes."""
-    stuck = stuck_identities(model)
-    hidden = [n for n in every_node(model.graph) if n in stuck or is_fenced(n)]
-    domains = [n.domain for n in hidden]
-    for i, node in enumerate(hidden):
-        node.domain = f"lamina.fenced.{i}"
-    try:
-        yield
-    finally:
-        for node, domain in zip(hidden, domains, strict=True):
-            node.domain = domain
+    """Hide fenced nodes and the subgraphs of opaque ones from library passes."""
+    with opaque_subgraphs_hidden(model):
+        stuck = stuck_identities(model)
+        hidden = [n for n in every_node(model.graph) if n in stuck or is_fenced(n)]
+        domains = [n.domain for n in hidden]
+        for i, node in enumerate(hidden):
+            node.domain = f"lamina.fenced.{i}"
+        try:
+            yield
+        finally:
+            for node, domain in zip(hidden, domains, strict=True):
+                node.domain = domain
 
 
 def adopt_names(model: ir.Model, owners: dict[str, str], rewriter: Rewriter) -> None:

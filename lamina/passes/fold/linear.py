@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
-from lamina.passes.fold.graph import attribute, constant, is_op, rank_of, sole_consumer
+from lamina.passes.fold.graph import attribute, constant, is_op, rank_of, sole_consumer, substitute
 
 Array = np.ndarray[Any, Any]
 
 LINEAR: tuple[str, ...] = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _FLOATS = ("float16", "float32", "float64")
 _SMALL = 2.0**-14
+_OPERATOR_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -231,12 +232,16 @@ def is_shared(value: ir.Value) -> bool:
 
 
 def outgrows(old: Sequence[ir.Value | None], new: Sequence[Array | None]) -> bool:
-    """Whether writing ``new`` for ``old`` grows the file because some of ``old`` is shared and stays."""
-    known = [v for v in old if v is not None and v.const_value is not None]
+    """Whether writing ``new`` for ``old`` grows the file because some of ``old`` is shared and stays.
+
+    The operator that goes saves some bytes too.
+    """
+    known = [v for v in dict.fromkeys(old) if v is not None]
     if not any(is_shared(v) for v in known):
         return False
-    freed = sum(v.const_value.nbytes for v in known if v.const_value is not None and not is_shared(v))
-    return sum(a.nbytes for a in new if a is not None) > freed
+    alone = [constant(v) for v in known if not is_shared(v)]
+    freed = sum(a.nbytes for a in alone if a is not None)
+    return sum(a.nbytes for a in new if a is not None) > freed + _OPERATOR_BYTES
 
 
 def hint(value: ir.Value | None, otherwise: str) -> str:
@@ -245,20 +250,42 @@ def hint(value: ir.Value | None, otherwise: str) -> str:
     return name if name.endswith("_folded") else f"{name}_folded"
 
 
-def write_weight(rewriter: Rewriter, linear: Linear, stored: Array) -> None:
-    """Give the operator another weight, with the factors of a Gemm in it."""
-    linear.node.replace_input_with(1, rewriter.constant(stored, hint(linear.weight, "weight")))
-    linear.node.attributes.pop("alpha", None)
+def write(
+    rewriter: Rewriter,
+    linear: Linear,
+    *,
+    source: ir.Value | None = None,
+    weight: Array | None = None,
+    bias: Array | None = None,
+) -> ir.Value:
+    """Change the operator in place, as far as something is given; returns the value that is y now.
 
-
-def write_bias(rewriter: Rewriter, linear: Linear, bias: Array) -> None:
-    """Give the operator another bias: its own input, or the operand of the Add behind a MatMul."""
-    value = rewriter.constant(bias, hint(linear.bias, f"{linear.node.name}_bias"))
+    A MatMul without an Add behind it gets one for its bias; its own name goes to that Add.
+    """
+    node = linear.node
+    if source is not None:
+        node.replace_input_with(0, source)
+    if weight is not None:  # with the factor of a Gemm in it
+        node.replace_input_with(1, rewriter.constant(weight, hint(linear.weight, "weight")))
+        node.attributes.pop("alpha", None)
+    if bias is None:
+        return linear.output
+    value = rewriter.constant(bias, hint(linear.bias, f"{node.name}_bias"))
     if linear.carrier is not None:
         at = next(i for i, v in enumerate(linear.carrier.inputs) if v is linear.bias)
         linear.carrier.replace_input_with(at, value)
-        return
-    if len(linear.node.inputs) < 3:
-        linear.node.resize_inputs(3)
-    linear.node.replace_input_with(2, value)
-    linear.node.attributes.pop("beta", None)
+        return linear.output
+    if node.op_type == "MatMul":
+        return _with_add(rewriter, node, value)
+    if len(node.inputs) < 3:
+        node.resize_inputs(3)
+    node.replace_input_with(2, value)
+    node.attributes.pop("beta", None)
+    return linear.output
+
+
+def _with_add(rewriter: Rewriter, node: ir.Node, bias: ir.Value) -> ir.Value:
+    output, label = node.outputs[0], f"{node.name}_projection"
+    product = rewriter.at(node).op("MatMul", list(node.inputs), name=label, dtype=output.dtype)
+    product.shape = None if output.shape is None else output.shape.copy()
+    return substitute(rewriter, output, "Add", [product, bias]).outputs[0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from lamina.errors import LaminaError, VerificationError
+from lamina.ir.capture import collector_paused
 from lamina.ir.opset import raise_opset
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewrite, Rewriter
@@ -34,7 +35,11 @@ def form_names() -> tuple[str, ...]:
 
 
 def fold(
-    program: Program, *, forms: Sequence[str] = (), only: Sequence[str] | None = None
+    program: Program,
+    *,
+    forms: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    without: Collection[str] = (),
 ) -> tuple[Program, tuple[str, ...], list[Rewrite]]:
     """Fold a clone of ``program`` to a fixed point, then write the named forms.
 
@@ -42,6 +47,7 @@ def fold(
         program: What to fold; it is not changed.
         forms: Names out of :func:`form_names`; they are applied in that function's order.
         only: Apply these of the always-applied folds instead of all.
+        without: Leave these out, wherever they would run.
 
     Returns:
         The folded program, the names of the passes that changed something in the order they ran (what
@@ -52,16 +58,17 @@ def fold(
     """
     always = FOLDS if only is None else tuple(canonical(n) for n in only)
     chosen = {canonical(n) for n in forms}
-    run = _Run(program)
-    for _ in range(_ROUNDS):
-        if not [name for name in always if run.step(name)]:
-            break
-    else:
-        run.records.append(Rewrite("fold", "model", f"stopped after {_ROUNDS} rounds that changed something"))
-    ordered = [n for n in FORMS if n in chosen] + [n for n in chosen if n not in FORMS]
-    if [name for name in ordered if run.step(name)]:
-        for name in TIDY:
-            run.step(name)
+    with collector_paused():
+        run = _Run(program, banned={canonical(n) for n in without})
+        for _ in range(_ROUNDS):
+            if not [name for name in always if run.step(name)]:
+                break
+        else:
+            run.records.append(Rewrite("fold", "model", f"stopped after {_ROUNDS} rounds of changes"))
+        ordered = [n for n in FORMS if n in chosen] + [n for n in chosen if n not in FORMS]
+        if [name for name in ordered if run.step(name)]:
+            for name in TIDY:
+                run.step(name)
     return program.with_model(run.model), tuple(run.applied), run.records
 
 
@@ -72,11 +79,17 @@ def apply_named(program: Program, names: Sequence[str]) -> Program:
         PassError: A name is unknown.
         VerificationError: A pass broke an invariant or the interface; names the pass.
     """
-    model = program.clone().model
-    now = fingerprint(model)
-    for name in names:
-        model, now = _guarded(canonical(name), model, now, program, [])
-    return program.with_model(model)
+    return replay(program, names)[0]
+
+
+def replay(program: Program, names: Sequence[str]) -> tuple[Program, list[Rewrite]]:
+    """Do what :func:`apply_named` does, and return the changes as well."""
+    model, records = program.clone().model, list[Rewrite]()
+    with collector_paused():
+        now = fingerprint(model)
+        for name in names:
+            model, now = _guarded(canonical(name), model, now, program, records)
+    return program.with_model(model), records
 
 
 def cleanup(program: Program) -> Program:
@@ -147,9 +160,9 @@ def _guarded(
     if not isinstance(found, LocalFold) or found.minimum_opset <= model.opset_imports.get("", 1):
         found.apply(rewriter)
     records.extend(rewriter.records)
+    _keep_interface(found.name, model, program)
     after = fingerprint(model)
     if after != before:
-        _keep_interface(found.name, model, program)
         _verify(model, found.name)
     return model, after
 

@@ -1,0 +1,264 @@
+"""Folding as a product of its own: an equal model with fewer nodes, and faster where a target is measured."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from lamina.backends import get_backend
+from lamina.backends.backend import Target
+from lamina.data import Dataset, load_data
+from lamina.errors import OutputError
+from lamina.ir.capture import capture
+from lamina.ir.fix_shapes import fix_shapes
+from lamina.ir.io import save_model, serialized_size
+from lamina.ir.program import Program
+from lamina.ir.rewriter import Rewrite
+from lamina.ir.verify import check as check_model
+from lamina.passes.fold import FOLDS
+from lamina.passes.fold import fold as fold_program
+from lamina.passes.fold.catalog import canonical, load
+from lamina.passes.fold.graph import every_node
+from lamina.planner.forms import pick_forms
+from lamina.planner.timing import Relative, Stopwatch
+from lamina.progress import Progress
+from lamina.proof import Check, Oracle
+from lamina.workload import parse_workload
+
+_UNDONE = ("undone", "stopped")
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """A folded program and how it came about.
+
+    Attributes:
+        original: The program that was folded (with ``shapes`` fixed, where given).
+        program: The folded one.
+        names: Passes in the order :func:`lamina.passes.fold.apply_named` takes.
+        changes: Pass -> how many changes it made.
+        undone: Passes left out because they failed or changed the function: name and reason.
+        check: What running both said.
+        target: Where forms were measured, or None.
+        relative: Latency against the original's, or None.
+        forms: Per form tried: name, latency ratio, whether it was kept.
+        remembered: Whether an earlier run's measurements chose the forms.
+        seconds: Time each stage took.
+    """
+
+    original: Program
+    program: Program
+    names: tuple[str, ...]
+    changes: Mapping[str, int]
+    undone: tuple[Mapping[str, str], ...]
+    check: Check
+    target: str | None = None
+    relative: Relative | None = None
+    forms: tuple[Mapping[str, object], ...] = ()
+    remembered: bool = False
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write the model; the file at ``path`` is the old one or the new one at any time.
+
+        Raises:
+            OutputError: It cannot be written; what was there is intact.
+        """
+        return save_model(self.program.model, path)
+
+    def report(self) -> dict[str, Any]:
+        """Plain data: what ``lamina fold --json`` prints."""
+        before, after = (_operators(p) for p in (self.original, self.program))
+        return {
+            "model": self.original.source,
+            "nodes": {"before": before.total(), "after": after.total()},
+            "operators": {op: [before[op], after[op]] for op in sorted(before | after)},
+            "bytes": {
+                "before": serialized_size(self.original.model),
+                "after": serialized_size(self.program.model),
+            },
+            "opset": {"before": self.original.opset, "after": self.program.opset},
+            "passes": list(self.names),
+            "changes": dict(self.changes),
+            "undone": [dict(entry) for entry in self.undone],
+            "check": asdict(self.check),
+            "target": self.target,
+            "latency": None if self.relative is None else asdict(self.relative),
+            "forms": [dict(entry) for entry in self.forms],
+            "remembered": self.remembered,
+            "seconds": dict(self.seconds),
+        }
+
+
+def fold(
+    model: Any,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    target: str | Target | None = None,
+    data: Any = None,
+    workload: Any = None,
+    shapes: Mapping[str, int | Sequence[int | None]] | None = None,
+    only: Sequence[str] | None = None,
+    forms: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Rewrite a model into an equal one with fewer nodes; with a target, into its fastest equal form.
+
+    Without a target nothing is measured and the result depends on the model alone. Every pass is checked
+    for structure, and the result is run against the original, every optimization of the runtime off; a pass
+    that changes the function is left out.
+
+    Args:
+        model: A path, ``onnx.ModelProto`` or ``onnx_ir.Model``. It is never changed.
+        output: The file to write; needed where ``model`` is a path. It may name the same file.
+        target: Where equivalent forms are timed and chosen, ``ort:cpu?threads=1``; None: no forms.
+        data: Samples to check on besides generated inputs, and to time on.
+        workload: Shapes to time, ``"1x128@0.2; 1x1@0.8"``. None: batch 1.
+        shapes: Dynamic dims to fix: input name -> dims (None: stays dynamic), or dim name -> size.
+        only: Names of the always-applied folds to use instead of all.
+        forms: Names of forms: without a target they are applied, with one they are the candidates.
+        progress: Receives progress.
+
+    Returns:
+        The same kind: the path written, an ``onnx.ModelProto`` or an ``onnx_ir.Model``.
+
+    Raises:
+        OutputError: A path was given without ``output``, or the file cannot be written.
+        LaminaError: Model, data, target, workload, shapes or a pass's name is not usable.
+    """
+    if isinstance(model, (str, os.PathLike)) and output is None:
+        raise OutputError(
+            f"folding '{os.fspath(model)}' needs the name of the file to write",
+            advice='give output="folded.onnx", or the model itself instead of its path',
+        )
+    result = run_fold(
+        model,
+        target=target,
+        data=data,
+        workload=workload,
+        shapes=shapes,
+        only=only,
+        forms=forms,
+        progress=progress,
+    )
+    written = None if output is None else result.save(output)[0]
+    if isinstance(model, (str, os.PathLike)):
+        return written
+    if isinstance(model, onnx.ModelProto):
+        return ir.to_proto(result.program.model)
+    return result.program if isinstance(model, Program) else result.program.model
+
+
+def run_fold(
+    model: Any,
+    *,
+    target: str | Target | None = None,
+    data: Any = None,
+    workload: Any = None,
+    shapes: Mapping[str, int | Sequence[int | None]] | None = None,
+    only: Sequence[str] | None = None,
+    forms: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> FoldResult:
+    """Do what :func:`fold` does, and return everything that is known about it.
+
+    Raises:
+        LaminaError: Model, data, target, workload, shapes or a pass's name is not usable.
+    """
+    progress = progress or Progress()
+    always = FOLDS if only is None else tuple(canonical(name) for name in only)
+    candidates = None if forms is None else tuple(canonical(name) for name in forms)
+    aim = None if target is None else Target.parse(target)
+    backend = None if aim is None else get_backend(aim)
+    with progress.stage("capture"):
+        program = capture(model)
+        if shapes:
+            program = fix_shapes(program, shapes)
+        dataset = None if data is None else load_data(data, program)
+    job = _Job(program, dataset, always, candidates, progress)
+    if aim is None or backend is None:
+        return job.proven(job.plain)
+    cases = parse_workload(workload, program, dataset)
+    with (
+        tempfile.TemporaryDirectory(prefix="lamina-") as folder,
+        Stopwatch(backend, aim, cases, program.model, Path(folder)) as stopwatch,
+    ):
+        return job.proven(lambda without: job.measured(stopwatch, aim, without))
+
+
+@dataclass
+class _Job:
+    program: Program
+    dataset: Dataset | None
+    always: tuple[str, ...]
+    candidates: tuple[str, ...] | None
+    progress: Progress
+
+    def proven(self, make: Callable[[tuple[str, ...]], FoldResult]) -> FoldResult:
+        """Fold and run; a pass that changes the function is left out and folding starts again."""
+        oracle = Oracle(self.program, self.dataset)
+        banned: dict[str, str] = {}
+        while True:
+            with self.progress.stage("fold"):
+                result = make(tuple(banned))
+            with self.progress.stage("check"):
+                check = oracle.check(result.program)
+                if check.equal is False and result.names:
+                    banned[oracle.culprit(result.names)] = check.reason or "the outputs differ"
+                    continue
+                check_model(result.program)
+            break
+        left_out = tuple({"pass": load(n).name, "reason": reason} for n, reason in banned.items())
+        seconds = dict(self.progress.seconds)
+        return replace(result, check=check, undone=(*result.undone, *left_out), seconds=seconds)
+
+    def plain(self, without: tuple[str, ...]) -> FoldResult:
+        """The exact folds, and the forms that were asked for by name."""
+        program, names, records = fold_program(
+            self.program, forms=self.candidates or (), only=self.always, without=without
+        )
+        return self._result(program, names, records)
+
+    def measured(self, stopwatch: Stopwatch, target: Target, without: tuple[str, ...]) -> FoldResult:
+        """The forms that the target runs fastest."""
+        found = pick_forms(
+            self.program,
+            stopwatch,
+            self.progress,
+            candidates=self.candidates,
+            only=self.always,
+            without=without,
+        )
+        return replace(
+            self._result(found.program, found.names, found.records),
+            target=str(target),
+            relative=found.relative,
+            forms=found.log,
+            remembered=found.remembered,
+        )
+
+    def _result(self, program: Program, names: tuple[str, ...], records: Sequence[Rewrite]) -> FoldResult:
+        undone = [r for r in records if r.why.startswith(_UNDONE)]
+        changes = Counter(r.pass_name for r in records if r not in undone)
+        return FoldResult(
+            self.program,
+            program,
+            names,
+            changes,
+            tuple({"pass": r.pass_name, "reason": r.why} for r in undone),
+            Check(None),
+        )
+
+
+def _operators(program: Program) -> Counter[str]:
+    return Counter(
+        f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in every_node(program.graph)
+    )

@@ -1,0 +1,132 @@
+"""Hold finished programs against the original: structure, types, interface, and execution."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lamina.backends.reference import compile_reference
+from lamina.errors import LaminaError, VerificationError
+from lamina.ir.difference import difference, is_discrete, tolerance_of
+from lamina.ir.probe_inputs import probe_inputs
+from lamina.ir.program import Program
+from lamina.ir.semantics import why_fenced
+from lamina.ir.verify import check, verify_structure
+from lamina.passes.fold import apply_named
+
+# Of these every other one is ordinary: the example's sizes, an odd batch, all sizes 1.
+_GENERATED = 6
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Inputs and what the original makes of them; ``real`` where a user gave them."""
+
+    label: str
+    feeds: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+    real: bool
+
+
+class Referee:
+    """Says whether a program may stand in for the original; the original runs once.
+
+    Args:
+        original: The captured program.
+        real: Feeds a user gave; on them a result must stay finite. Generated ones only show that it runs.
+    """
+
+    def __init__(self, original: Program, real: Sequence[Mapping[str, np.ndarray]] = ()) -> None:
+        self.original = original
+        self._real = tuple(real)
+
+    def check(self, program: Program, name: str, *, exact: bool) -> None:
+        """Check structure, names, types, shapes, opsets, interface, and run beside the original.
+
+        Args:
+            program: What was made of the original.
+            name: Of what made it, for the message.
+            exact: Whether outputs must be equal but for rounding; else they must only have the right shapes
+                and be finite on real data where the original's are.
+
+        Raises:
+            VerificationError: Something does not hold; names it.
+        """
+        verify_structure(program, name)
+        check(program)
+        self._interface(program, name)
+        if not self._runs:
+            return  # the original does not run on made-up inputs either: real data judges
+        try:
+            executable = compile_reference(program.model)
+            found = [(run, executable.run(run.feeds)) for run in self._runs]
+        except LaminaError as error:
+            raise _broken(name, f"the program does not run: {error.what.splitlines()[0]}") from error
+        for run, outputs in found:
+            for port in self.original.outputs:
+                self._output(name, run, port.name, outputs[port.name], exact and not self._random)
+
+    def culprit(self, names: Sequence[str]) -> str:
+        """Of passes that together change the function, the one after which it is changed; bisection."""
+        low, high = 0, len(names)
+        while high - low > 1:
+            middle = (low + high) // 2
+            try:
+                self.check(apply_named(self.original, names[:middle]), "folding", exact=True)
+                low = middle
+            except LaminaError:
+                high = middle
+        return names[high - 1]
+
+    @cached_property
+    def _runs(self) -> tuple[_Run, ...]:
+        feeds = [(f"given samples {i}", f, True) for i, f in enumerate(self._real)]
+        feeds += [
+            (p.label, p.feeds, False) for p in probe_inputs(self.original, _GENERATED) if p.kind == "ordinary"
+        ]
+        found = []
+        try:
+            executable = compile_reference(self.original.model)
+        except LaminaError:
+            return ()
+        for label, arrays, real in feeds:
+            try:
+                found.append(_Run(label, arrays, executable.run(arrays), real))
+            except LaminaError:
+                continue  # an input the original itself refuses says nothing
+        return tuple(found)
+
+    @cached_property
+    def _random(self) -> bool:
+        return any("random" in (why_fenced(n) or "") for n in self.original.graph.all_nodes())
+
+    def _interface(self, program: Program, name: str) -> None:
+        for what, now, then in (
+            ("inputs", program.inputs, self.original.inputs),
+            ("outputs", program.outputs, self.original.outputs),
+        ):
+            before, after = ([f"{p.name}: {p.dtype.name}" for p in ports] for ports in (then, now))
+            if before != after:
+                raise _broken(name, f"the {what} changed from {before} to {after}")
+
+    def _output(self, name: str, run: _Run, output: str, after: np.ndarray, exact: bool) -> None:
+        before = run.outputs[output]
+        if after.dtype != before.dtype or after.shape != before.shape:
+            shapes = f"{before.dtype}{list(before.shape)} to {after.dtype}{list(after.shape)}"
+            raise _broken(name, f"output '{output}' changed from {shapes} on {run.label}")
+        if is_discrete(before.dtype) and not exact:
+            return
+        if exact:
+            found = difference(before, after)
+            allowed = tolerance_of(before.dtype) * found.scale
+            if found.max_abs > max(allowed, 0.0):
+                raise _broken(name, f"output '{output}' differs by {found.max_abs:.3g} on {run.label}")
+        elif run.real and np.isfinite(before).all() and not np.isfinite(after).all():
+            raise _broken(name, f"output '{output}' is not finite on {run.label}")
+
+
+def _broken(name: str, what: str) -> VerificationError:
+    return VerificationError(f"after {name}: {what}", advice=f"this is a bug in {name}: report it")
