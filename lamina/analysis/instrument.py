@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import onnx_ir as ir
 
 from lamina.data import Dataset
 from lamina.errors import BackendError, DataError, LaminaError
+from lamina.ir.io import save_model
 from lamina.ir.program import Program
 
 # Shape inference reads small constants, so only larger ones leave the serialized model.
@@ -64,14 +67,11 @@ class InstrumentedSession:
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         if configure is not None:
             configure(options)
-        serialized, weights = _serialize(model)
-        # trap: add_initializer() gives the weights too, but the Conv fusions look for the file all the same.
-        options.add_external_initializers_from_files_in_memory(
-            list(weights), list(weights.values()), [w.nbytes for w in weights.values()]
-        )
         ort.set_default_logger_severity(4)
         try:
-            self.session = ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
+            self.session = _open(model, options)
+        except LaminaError:
+            raise
         except Exception as error:
             raise BackendError(
                 f"ONNX Runtime refuses the program: {_first_line(error)}", where=program.source
@@ -160,6 +160,23 @@ def _expose(model: ir.Model, names: Iterable[str], source: str) -> None:
             )
         present.add(name)
         graph.outputs.append(known[name])
+
+
+def _open(model: ir.Model, options: Any) -> Any:
+    """A session that shares the model's weights with this process where the runtime can."""
+    import onnxruntime as ort
+
+    providers = ["CPUExecutionProvider"]
+    if not hasattr(options, "add_external_initializers_from_files_in_memory"):  # before ONNX Runtime 1.24
+        with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
+            files = save_model(model, Path(folder) / "model.onnx")
+            return ort.InferenceSession(str(files[0]), options, providers=providers)
+    serialized, weights = _serialize(model)
+    # trap: add_initializer() gives the weights too, but the Conv fusions look for the file all the same.
+    options.add_external_initializers_from_files_in_memory(
+        list(weights), list(weights.values()), [w.nbytes for w in weights.values()]
+    )
+    return ort.InferenceSession(serialized, options, providers=providers)
 
 
 def _serialize(model: ir.Model) -> tuple[bytes, dict[str, np.ndarray]]:

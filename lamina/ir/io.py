@@ -52,7 +52,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     target = Path(path)
     clean(target)  # before as well: a full disk may be full of what killed saves left
     if not _is_external(model):
-        write_atomic(target, ir.to_proto(model).SerializeToString(deterministic=True))
+        write_atomic(target, ir.to_proto(_self_contained(model)).SerializeToString(deterministic=True))
         clean(target)
         return [target]
     with contextlib.ExitStack() as held:
@@ -139,6 +139,18 @@ def _is_external(model: ir.Model) -> bool:
 def _is_big(tensor: ir.TensorProtocol) -> bool:
     """Whether it can and should lie in a data file."""
     return tensor.dtype != ir.DataType.STRING and tensor.nbytes > _SMALL
+
+
+def _self_contained(model: ir.Model) -> ir.Model:
+    """The model itself, or a clone whose weights no longer lie in other files."""
+    if not any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values()):
+        return model
+    clone = model.clone()
+    for value in clone.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+    return clone
 
 
 def _externalized(

@@ -72,6 +72,7 @@ def evidence(
         "metric": request.metric.name,
         "original": original,
         "optimized": optimized,
+        "clock": builder.stopwatch.clock,
         "latency_ratio": final.relative.ratio,
         "latency_ratio_spread": [final.relative.low, final.relative.high],
         "size_ratio": sizes[1] / sizes[0],

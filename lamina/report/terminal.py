@@ -118,7 +118,8 @@ def _met(console: Console, evidence: Mapping[str, Any]) -> None:
         console.print(f"the original in ONNX Runtime, as many threads: {elsewhere}", highlight=False)
     counts = ", ".join(f"{evidence[f'n_{part}']} {part}" for part in ("calibration", "selection", "report"))
     console.print(f"[dim]samples: {counts}[/dim]")
-    console.print("[dim]spread: 10th to 90th percentile of the rounds; of damage, 95 % interval[/dim]")
+    clock = "CPU time of the one thread" if evidence.get("clock") == "cpu" else "wall time"
+    console.print(f"[dim]latency: {clock}, spread 10th to 90th percentile; damage: 95 % interval[/dim]")
 
 
 def _moves(console: Console, evidence: Mapping[str, Any]) -> None:

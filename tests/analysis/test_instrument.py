@@ -94,3 +94,12 @@ def test_a_constant_batch_is_found_only_where_all_inputs_share_it() -> None:
     assert fixed_batch(program) is None
     program.graph.inputs[0].shape = ir.Shape([5, 4])
     assert fixed_batch(Program(program.model)) == 5
+
+
+def test_a_runtime_that_takes_no_weights_from_memory_reads_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime as ort
+
+    if hasattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory"):
+        monkeypatch.delattr(ort.SessionOptions, "add_external_initializers_from_files_in_memory")
+    array = RNG.normal(size=(200, 7)).astype(np.float32)
+    _check(_program(ir.Tensor(array, name="w")), array, 1e-4)

@@ -277,7 +277,11 @@ def test_operators_of_an_unknown_domain_are_carried_through() -> None:
     model.opset_import.append(helper.make_opsetid("acme.custom", 3))
     program = capture(model)
     node = next(n for n in program.graph if n.name == "relu")
-    assert (node.domain, node.op_type, program.model.opset_imports["acme.custom"]) == ("acme.custom", "Relu", 3)
+    assert (node.domain, node.op_type, program.model.opset_imports["acme.custom"]) == (
+        "acme.custom",
+        "Relu",
+        3,
+    )
 
 
 def test_a_domain_that_is_not_imported_is_refused() -> None:

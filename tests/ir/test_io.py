@@ -32,6 +32,19 @@ def test_saved_models_load_and_compute_the_same(tmp_path: Path) -> None:
         np.testing.assert_array_equal(run(str(path), feeds)[0], run(program.model, feeds)[0])
 
 
+def test_weights_in_other_files_come_along(tmp_path: Path) -> None:
+    program = capture(mlp())
+    ir.save(program.model, tmp_path / "far.onnx", external_data="far.bin", size_threshold_bytes=0)
+    model = ir.load(tmp_path / "far.onnx")
+    (tmp_path / "here").mkdir()
+    io.save_model(model, tmp_path / "here" / "m.onnx")
+    np.testing.assert_array_equal(
+        run(str(tmp_path / "here" / "m.onnx"), program.example)[0], run(program.model, program.example)[0]
+    )
+    kept = [isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values()]
+    assert all(kept)  # the model given is left as it was
+
+
 def test_equal_models_make_equal_bytes(tmp_path: Path) -> None:
     a, b = tmp_path / "a.onnx", tmp_path / "b.onnx"
     io.save_model(capture(mlp()).model, a)
