@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from lamina.backends import get_backend
-from lamina.backends.backend import Target
+from lamina.backends.backend import Backend, Target, Workload
 from lamina.data import Dataset, load_data
 from lamina.errors import OutputError
 from lamina.ir.capture import capture
@@ -27,7 +28,8 @@ from lamina.passes.fold import FOLDS
 from lamina.passes.fold import fold as fold_program
 from lamina.passes.fold.catalog import canonical, load
 from lamina.passes.fold.graph import every_node
-from lamina.planner.forms import pick_forms
+from lamina.planner.form_memory import FormMemory
+from lamina.planner.forms import pick_forms, remembered_forms
 from lamina.planner.timing import Relative, Stopwatch
 from lamina.progress import Progress
 from lamina.proof import Check, Oracle
@@ -187,11 +189,30 @@ def run_fold(
     if aim is None or backend is None:
         return job.proven(job.plain)
     cases = parse_workload(workload, program, dataset)
-    with (
-        tempfile.TemporaryDirectory(prefix="lamina-") as folder,
-        Stopwatch(backend, aim, cases, program.model, Path(folder)) as stopwatch,
-    ):
-        return job.proven(lambda without: job.measured(stopwatch, aim, without))
+    with _Clock(backend, aim, cases, program.model) as clock:
+        return job.proven(lambda without: job.measured(clock, without))
+
+
+class _Clock:
+    """A stopwatch that is started when something has to be measured."""
+
+    def __init__(self, backend: Backend, target: Target, workload: Workload, original: ir.Model) -> None:
+        self.target, self.memory = target, FormMemory(target, workload)
+        self._arguments = (backend, target, workload, original)
+        self._open = ExitStack()
+        self._stopwatch: Stopwatch | None = None
+
+    def stopwatch(self) -> Stopwatch:
+        if self._stopwatch is None:
+            folder = self._open.enter_context(tempfile.TemporaryDirectory(prefix="lamina-"))
+            self._stopwatch = self._open.enter_context(Stopwatch(*self._arguments, Path(folder)))
+        return self._stopwatch
+
+    def __enter__(self) -> _Clock:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
 
 
 @dataclass
@@ -227,19 +248,15 @@ class _Job:
         )
         return self._result(program, names, records)
 
-    def measured(self, stopwatch: Stopwatch, target: Target, without: tuple[str, ...]) -> FoldResult:
-        """The forms that the target runs fastest."""
-        found = pick_forms(
-            self.program,
-            stopwatch,
-            self.progress,
-            candidates=self.candidates,
-            only=self.always,
-            without=without,
-        )
+    def measured(self, clock: _Clock, without: tuple[str, ...]) -> FoldResult:
+        """The forms that the target runs fastest: as an earlier run measured them, or measured now."""
+        sets: dict[str, Any] = {"candidates": self.candidates, "only": self.always, "without": without}
+        found = remembered_forms(self.program, clock.memory, **sets)
+        if found is None:
+            found = pick_forms(self.program, clock.stopwatch(), self.progress, memory=clock.memory, **sets)
         return replace(
             self._result(found.program, found.names, found.records),
-            target=str(target),
+            target=str(clock.target),
             relative=found.relative,
             forms=found.log,
             remembered=found.remembered,

@@ -78,14 +78,62 @@ def pick_forms(
         memory: Where measurements are kept; the target's file in the cache folder when omitted.
     """
     memory = memory or FormMemory(stopwatch.timer.target, stopwatch.workload)
-    forms = tuple(f for f in form_names() if f not in without and (candidates is None or f in candidates))
-    always = tuple(f for f in (FOLDS if only is None else only) if f not in without)
-    search = _Search(program, stopwatch, progress, memory, seconds, forms, always, tuple(without))
-    found = search.recall()
+    sets = _Sets.of(candidates, only, without)
+    found = _recall(program, memory, sets)
     if found is None:
+        search = _Search(program, stopwatch, progress, memory, seconds, sets)
         found = search.run(combinations_s)
         search.remember(found)
     return found
+
+
+def remembered_forms(
+    program: Program,
+    memory: FormMemory,
+    *,
+    candidates: Sequence[str] | None = None,
+    only: Sequence[str] | None = None,
+    without: Collection[str] = (),
+) -> Folded | None:
+    """What :func:`pick_forms` would return without measuring; None where it would have to."""
+    return _recall(program, memory, _Sets.of(candidates, only, without))
+
+
+@dataclass(frozen=True)
+class _Sets:
+    """Which passes a choice is among: forms, always-applied folds, and those that may not be used."""
+
+    forms: tuple[str, ...]
+    always: tuple[str, ...]
+    without: tuple[str, ...]
+
+    @staticmethod
+    def of(candidates: Sequence[str] | None, only: Sequence[str] | None, without: Collection[str]) -> _Sets:
+        forms = tuple(f for f in form_names() if f not in without and (candidates is None or f in candidates))
+        always = tuple(f for f in (FOLDS if only is None else only) if f not in without)
+        return _Sets(forms, always, tuple(sorted(without)))
+
+    def key(self, program: Program) -> tuple[str, ...]:
+        """What a decision is remembered under."""
+        import lamina
+
+        texts = (",".join(self.forms), ",".join(self.always), ",".join(self.without))
+        return ("decision", lamina.__version__, program.fingerprint, *texts)
+
+
+def _recall(program: Program, memory: FormMemory, sets: _Sets) -> Folded | None:
+    """The decision of an earlier run, if its passes still lead to the program that was measured."""
+    known = memory.get(*sets.key(program))
+    if known is None or not (known.get("quiet") or not machine_load().quiet):
+        return None
+    try:
+        names, relative = tuple(known["names"]), read_relative(known["relative"])
+        folded, records = replay(program, names)
+    except (KeyError, TypeError, PassError):
+        return None
+    if folded.fingerprint != known["result"]:
+        return None
+    return Folded(folded, names, relative, tuple(known["log"]), tuple(records), True)
 
 
 @dataclass(frozen=True)
@@ -106,9 +154,7 @@ class _Search:
     progress: Progress
     memory: FormMemory
     seconds: float
-    forms: tuple[str, ...]
-    always: tuple[str, ...]
-    without: tuple[str, ...]
+    sets: _Sets
     log: list[dict[str, object]] = field(default_factory=list)
     best: _Trial = field(init=False)
     relative: Relative = field(init=False)
@@ -118,14 +164,14 @@ class _Search:
 
     def run(self, combinations_s: float) -> Folded:
         self._quiet = machine_load().quiet
-        bare, folded = self._trial((), ()), self._trial((), self.always)
+        bare, folded = self._trial((), ()), self._trial((), self.sets.always)
         now, before = self._compare(folded, bare)
         keep = now.ratio <= before.ratio * (1 + LEAST_GAIN)
         self.best, self.relative = (folded, now) if keep else (bare, before)
         self._seen |= {bare.names, folded.names}
         self.log.append(_entry("folds", now, keep))
-        for i, form in enumerate(self.forms):
-            self.progress.update("fold", i, len(self.forms), form)
+        for i, form in enumerate(self.sets.forms):
+            self.progress.update("fold", i, len(self.sets.forms), form)
             self._add(form)
         self._combine(time.monotonic() + combinations_s)
         best = self.best
@@ -175,7 +221,7 @@ class _Search:
 
     def _trial(self, forms: tuple[str, ...], only: tuple[str, ...]) -> _Trial:
         ordered = tuple(f for f in form_names() if f in forms)
-        program, names, records = fold(self.program, forms=ordered, only=only, without=self.without)
+        program, names, records = fold(self.program, forms=ordered, only=only, without=self.sets.without)
         return _Trial(ordered, only, program, names, tuple(records))
 
     def _compare(self, trial: _Trial, other: _Trial) -> tuple[Relative, Relative]:
@@ -190,18 +236,10 @@ class _Search:
         self.memory.put(key, {**record, "quiet": self._quiet})
         return first, second
 
-    # -- decisions ----------------------------------------------------------------------------------
-
-    def _key(self) -> tuple[str, ...]:
-        import lamina
-
-        sets = (",".join(self.forms), ",".join(self.always), ",".join(sorted(self.without)))
-        return ("decision", lamina.__version__, self.program.fingerprint, *sets)
-
     def remember(self, found: Folded) -> None:
         """Write the decision, and what it leads to: another lamina may make something else of the names."""
         self.memory.put(
-            self._key(),
+            self.sets.key(self.program),
             {
                 "names": list(found.names),
                 "relative": relative_record(found.relative),
@@ -210,20 +248,6 @@ class _Search:
                 "quiet": self._quiet,
             },
         )
-
-    def recall(self) -> Folded | None:
-        """The decision of an earlier run, if its passes still lead to the program that was measured."""
-        known = self.memory.get(*self._key())
-        if known is None or not (known.get("quiet") or not machine_load().quiet):
-            return None
-        try:
-            names, relative = tuple(known["names"]), read_relative(known["relative"])
-            program, records = replay(self.program, names)
-        except (KeyError, TypeError, PassError):
-            return None
-        if program.fingerprint != known["result"]:
-            return None
-        return Folded(program, names, relative, tuple(known["log"]), tuple(records), True)
 
 
 def _entry(form: str, relative: Relative, kept: bool) -> dict[str, object]:

@@ -17,6 +17,7 @@ SHOWN_TYPES = 15
 def fold_table(found: Mapping[str, Any], files: Sequence[str]) -> None:
     """Nodes and bytes before and after, passes, what was undone, forms tried, the verdict, files."""
     console = Console()
+    console.print(escape(found["model"]), soft_wrap=True, highlight=False)
     console.print(_counts(found))
     if found["changes"]:
         said = ", ".join(f"{name} {count}" for name, count in found["changes"].items())
@@ -29,7 +30,7 @@ def fold_table(found: Mapping[str, Any], files: Sequence[str]) -> None:
 
 
 def _counts(found: Mapping[str, Any]) -> Table:
-    table = _table(found["model"], ("", "before", "after", "change"))
+    table = _table("", ("", "before", "after", "change"))
     for name in ("nodes", "bytes"):
         before, after = found[name]["before"], found[name]["after"]
         table.add_row(name, f"{before:,}", f"{after:,}", f"{after - before:+,}")
@@ -69,7 +70,7 @@ def _remarks(found: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False)
+    table = Table(title=escape(title) or None, title_justify="left", box=SIMPLE_HEAD, show_edge=False)
     for name in columns:
         words = name in ("", "form", "how", "kept")
         table.add_column(name, justify="left" if words else "right", overflow="fold")

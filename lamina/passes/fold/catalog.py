@@ -64,6 +64,20 @@ TIDY: tuple[str, ...] = (
     "remove_unused",
 )
 
+# Pass -> those after which it need not run again: it reads nothing that they change. Constants stay constants
+# when equal things are merged, and what nobody reads was equal to nothing.
+UNAFFECTED: dict[str, tuple[str, ...]] = {
+    "fold_constants": (
+        "fold_affine",
+        "drop_redundant_relu",
+        "deduplicate_initializers",
+        "merge_common_subexpressions",
+        "remove_unused",
+    ),
+    "deduplicate_initializers": ("merge_common_subexpressions", "remove_unused"),
+    "merge_common_subexpressions": ("remove_unused",),
+}
+
 # onnxscript's matcher takes time quadratic in the nodes (_matcher.py:393), so large graphs go without these.
 SUPERLINEAR: tuple[str, ...] = ("simplify_patterns",)
 SUPERLINEAR_MAX_NODES = 5_000

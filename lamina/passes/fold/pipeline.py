@@ -19,6 +19,7 @@ from lamina.passes.fold.catalog import (
     SUPERLINEAR,
     SUPERLINEAR_MAX_NODES,
     TIDY,
+    UNAFFECTED,
     canonical,
     load,
 )
@@ -120,8 +121,8 @@ class _Run:
         """Run one pass; whether it changed anything. A failure restores the model and bans the pass."""
         if name in self.banned or (name in SUPERLINEAR and len(self.model.graph) > SUPERLINEAR_MAX_NODES):
             return False
-        if self._settled.get(name) == len(self.applied):
-            return False  # nothing changed since this pass found nothing to do
+        if self._is_settled(name):
+            return False
         records: list[Rewrite] = []
         try:
             self.model, now = _guarded(name, self.model, self._now, self.program, records)
@@ -134,7 +135,14 @@ class _Run:
         self._now = now
         self.applied.append(name)
         self.records.extend(records)
+        if name in UNAFFECTED:
+            self._settled[name] = len(self.applied)
         return True
+
+    def _is_settled(self, name: str) -> bool:
+        """Whether nothing that concerns the pass changed since it found nothing more to do."""
+        since = self._settled.get(name)
+        return since is not None and set(self.applied[since:]) <= set(UNAFFECTED.get(name, ()))
 
     def _undo(self, name: str, error: Exception) -> None:
         # Replaying costs time only when a pass fails; a copy before every pass would cost it always.
