@@ -12,7 +12,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from lamina.errors import CaptureError, UnsupportedOperator
-from lamina.ir.inference import infer_shapes
+from lamina.ir.inference import holds_map, infer_shapes
 from lamina.ir.normalize import OLDEST, normalize
 from lamina.ir.tensors import ExternalFiles
 
@@ -100,6 +100,13 @@ def _check_shell(proto: onnx.ModelProto, source: str) -> None:
         raise UnsupportedOperator(
             f"weight '{name}' is stored sparse", where=source, advice="store it dense and try again"
         )
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        if holds_map(value.type):
+            raise UnsupportedOperator(
+                f"'{value.name}' is or holds a map",
+                where=source,
+                advice="export without maps, for scikit-learn with options={'zipmap': False}",
+            )
 
 
 def _from_proto(proto: onnx.ModelProto, source: str, files: ExternalFiles) -> ir.Model:

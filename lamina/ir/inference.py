@@ -69,7 +69,17 @@ def _graph_attributes(node: onnx.NodeProto | None) -> Iterable[onnx.GraphProto]:
         yield from attribute.graphs
 
 
+def holds_map(kind: onnx.TypeProto) -> bool:
+    """Whether a type is a map, or a sequence or optional of one: onnx_ir has no such type."""
+    inner = kind.WhichOneof("value")
+    if inner in ("sequence_type", "optional_type"):
+        return holds_map(getattr(kind, inner).elem_type)
+    return inner == "map_type"
+
+
 def _refine(value: ir.Value, info: onnx.ValueInfoProto) -> None:
+    if holds_map(info.type):
+        return
     kind, shape = ir.serde.deserialize_type_proto_for_type(info.type), _shape(info)
     declared = value.is_graph_output()
     if kind is not None and (value.type is None or not declared):

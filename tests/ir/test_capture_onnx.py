@@ -496,3 +496,30 @@ def test_the_garbage_collector_is_left_as_it_was(tmp_path: Path) -> None:
         with pytest.raises(CaptureError):
             capture(tmp_path / "absent.onnx")
         assert gc.isenabled() == before
+
+
+def _zip_map() -> tuple[onnx.NodeProto, onnx.ValueInfoProto]:
+    node = helper.make_node(
+        "ZipMap", ["y"], ["pairs"], domain="ai.onnx.ml", classlabels_int64s=list(range(8))
+    )
+    numbers = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    kind = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, numbers))
+    return node, helper.make_value_info("pairs", kind)
+
+
+def test_maps_at_the_interface_are_named() -> None:
+    model = mlp()
+    node, info = _zip_map()
+    model.graph.node.append(node)
+    model.graph.output.append(info)
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    assert _fails(model, UnsupportedOperator, "'pairs' is or holds a map").advice is not None
+
+
+def test_maps_inside_are_carried_through() -> None:
+    model = mlp()
+    model.graph.node.append(_zip_map()[0])
+    model.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    program = capture(model)
+    verify_structure(program)
+    assert [n.op_type for n in program.graph][-1] == "ZipMap"
