@@ -40,6 +40,16 @@ def test_splitting_heads_copies_the_dynamic_dims() -> None:
     assert target.const_value.numpy().tolist() == [0, 0, 8, 8]
 
 
+def test_zeros_that_mean_zero_become_zeros_that_copy() -> None:
+    before, feeds = build(SPLIT.replace("Reshape(", "Reshape <allowzero=1> ("), h=[8], d=[8], **INDEX)
+    assert ops(check(before, "fold_shapes", feeds)) == {"Reshape": 1}
+    body = SPLIT.replace("Reshape(", "Reshape <allowzero=1> (")
+    before, _ = build(body, x="N,T,0", h=[0], d=[8], **INDEX)
+    feeds = [{"x": np.ones((2, 3, 0), np.float32)}]
+    after = check(before, "fold_shapes", feeds)
+    assert ops(after)["Concat"] == 1
+
+
 def test_a_last_entry_that_is_inferred_stays_inferred() -> None:
     before, feeds = build(SPLIT, h=[8], d=[-1], **INDEX)
     feeds = feeds[:2]  # the original cannot infer -1 for an empty batch either

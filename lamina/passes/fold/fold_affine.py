@@ -174,8 +174,8 @@ def _folded(linear: Linear, affine: Affine, weights: Array | None, offset: Array
     old: list[ir.Value] = [*affine.constants]
     old += [linear.weight] if stored is not None else []
     old += [linear.bias] if bias is not None and linear.bias is not None else []
-    copied = any(is_shared(v) for v in old if v is linear.weight or v is linear.bias)
-    if copied and outgrows(old, [stored, bias]):
+    kept = [v for v in old if v is linear.weight or v is linear.bias]
+    if outgrows(old, [stored, bias]) and any(is_shared(v) for v in kept):
         return "its weight is shared: a copy would grow the file"
     return _Match(linear, affine, stored, bias)
 

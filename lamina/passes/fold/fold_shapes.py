@@ -62,11 +62,15 @@ class FoldShapes(Fold):
         known = values.of(target)
         if source is None or known is None or constant(target) is not None or known.is_scalar:
             return
-        reshapes = node.op_type == "Reshape" and not attribute(node, "allowzero", 0)
-        found = _reshaped(known.entries, source) if reshapes else None
-        found = _expanded(known.entries, source) if node.op_type == "Expand" else found
+        if node.op_type == "Expand":
+            found = _expanded(known.entries, source)
+        elif attribute(node, "allowzero", 0) and 0 in known.entries:
+            return  # a dim that is zero, which cannot be told from one that is copied
+        else:
+            found = _reshaped(known.entries, source)
         if found is None or target is None:
             return
+        node.attributes.pop("allowzero", None)
         where, producer = node.name or node.op_type, target.producer()
         array: np.ndarray[Any, Any] = np.array(found, np.int64)
         node.replace_input_with(1, rewriter.constant(array, f"{where}_shape_folded"))

@@ -236,12 +236,14 @@ def outgrows(old: Sequence[ir.Value | None], new: Sequence[Array | None]) -> boo
 
     The operator that goes saves some bytes too.
     """
-    known = [v for v in dict.fromkeys(old) if v is not None]
-    if not any(is_shared(v) for v in known):
+    added = sum(a.nbytes for a in new if a is not None)
+    if added <= _OPERATOR_BYTES:  # before counting readers: a number may have many
         return False
-    alone = [constant(v) for v in known if not is_shared(v)]
+    known = [v for v in dict.fromkeys(old) if v is not None]
+    shared = [v for v in known if is_shared(v)]
+    alone = [constant(v) for v in known if v not in shared]
     freed = sum(a.nbytes for a in alone if a is not None)
-    return sum(a.nbytes for a in new if a is not None) > freed + _OPERATOR_BYTES
+    return bool(shared) and added > freed + _OPERATOR_BYTES
 
 
 def hint(value: ir.Value | None, otherwise: str) -> str:
