@@ -165,7 +165,7 @@ def _nowhere(shipped: Sequence[Outcome]) -> str:
     ]
     for outcome in shipped:
         if len(outcome.not_runnable) == len(RUNTIMES) and not outcome.refused:
-            reasons = " | ".join(_cell(outcome.not_runnable[r]) for r in RUNTIMES)
+            reasons = " | ".join(_cell(_kind(outcome.not_runnable[r])) for r in RUNTIMES)
             lines.append(f"| `{outcome.case}` | {reasons} |")
     return "\n".join(lines) + "\n"
 
@@ -189,8 +189,8 @@ def _elsewhere(shipped: Sequence[Outcome]) -> str:
 
 
 _KINDS = (
-    (r"implementation for (\S+?)\(-?\d+\)", r"it has no kernel of \1 for these types"),
-    (r"find kernel for (\S+?)\(-?\d+\)", r"it has no kernel of \1 for these types"),
+    (r"implementation for (\S+?)\(-?\d+\)", r"it has no kernel of \1 for this opset and these types"),
+    (r"find kernel for (\S+?)\(-?\d+\)", r"it has no kernel of \1 for this opset and these types"),
     (r"Fatal error: (\S+?)\(-1\) is not a registered", r"it has no operator \1"),
     (r"No registered implementation for operator '(\w+)'", r"it has no operator \1"),
     (r"types of less than a byte", "its Python API does not exchange types of less than a byte"),
