@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,6 +96,11 @@ def _check_shell(proto: onnx.ModelProto, source: str) -> None:
         raise CaptureError("the model has no graph with outputs", where=source, advice=_DAMAGED)
     if not proto.opset_import:
         raise CaptureError("the model names no opset", where=source, advice=_DAMAGED)
+    twice = [name for name, n in Counter(t.name for t in proto.graph.initializer).items() if n > 1]
+    if twice:
+        raise CaptureError(
+            f"two weights are called '{twice[0]}'", where=source, advice="export the model again"
+        )
     if proto.graph.sparse_initializer:
         name = proto.graph.sparse_initializer[0].values.name
         raise UnsupportedOperator(
@@ -114,6 +120,10 @@ def _from_proto(proto: onnx.ModelProto, source: str, files: ExternalFiles) -> ir
         with _quiet():
             model = ir.from_proto(proto)
     except Exception as error:  # the reader wraps whatever went wrong, level by level
+        if "Sparse tensors are not supported" in _root(error):
+            raise UnsupportedOperator(
+                "a constant is stored sparse", where=source, advice="store it dense and try again"
+            ) from error
         raise CaptureError(
             f"not a valid ONNX model: {_root(error)}", where=source, advice="export the model again"
         ) from error

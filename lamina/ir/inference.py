@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from lamina.errors import CaptureError
+from lamina.ir.amplifiers import amplifies, heavy_nodes
 from lamina.ir.names import subgraphs
 from lamina.ir.skeleton import skeleton
 
@@ -24,14 +25,30 @@ def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> None:
         model: What to fill in.
         proto: Its skeleton where the caller has one at hand; it is used up.
     """
-    _round(model, skeleton(model)[0] if proto is None else proto, forget=True)
+    follow = follows_values(model)
+    _round(model, skeleton(model)[0] if proto is None else proto, forget=True, follow=follow)
     for _ in range(_MAX_ROUNDS):
         if not _add_ranks(model.graph):
             return
-        _round(model, skeleton(model)[0], forget=False)
+        _round(model, skeleton(model)[0], forget=False, follow=follow)
 
 
-def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool) -> None:
+def follows_values(model: ir.Model) -> bool:
+    """Whether inference may compute the constants of ``model`` on its way: none of them is enormous.
+
+    Nodes must have names of their own.
+    """
+    if not any(amplifies(n) for n in model.graph.all_nodes()):
+        return True
+    scratch = model.clone()
+    for node in scratch.graph.all_nodes():
+        for value in node.outputs:
+            value.shape = None  # what a file states of its inner values may be a lie
+    _round(scratch, skeleton(scratch)[0], forget=True, follow=False)
+    return not heavy_nodes(scratch)
+
+
+def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool, follow: bool) -> None:
     if forget:
         opaque = {name for n in proto.graph.node if n.domain not in ("", "ai.onnx") for name in n.output}
         kept = [info for info in proto.graph.value_info if info.name in opaque]
@@ -42,7 +59,7 @@ def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool) -> None:
         if output.name in read:  # what it says of itself must not stand for what the nodes behind it get
             output.ClearField("type")
     try:
-        done = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        done = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=follow)
     except onnx.shape_inference.InferenceError:
         return  # one operator's inference failed: shapes stay unknown, observed_shapes() still works
     _merge(model.graph, done.graph)

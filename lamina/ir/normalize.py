@@ -11,9 +11,11 @@ from onnx_ir.passes import common
 
 from lamina.errors import CaptureError, UnsupportedOperator
 from lamina.ir import opset
+from lamina.ir.function_calls import check_calls
 from lamina.ir.inference import infer_shapes as infer_shapes
 from lamina.ir.names import make_names_unique, subgraphs
 from lamina.ir.opaque import STANDARD, opaque_subgraphs_hidden
+from lamina.ir.schemas import fault_of_types, type_text
 from lamina.ir.skeleton import skeleton
 from lamina.ir.tensors import ExternalFiles, own, shape_of
 
@@ -50,6 +52,7 @@ def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
     proto, _ = skeleton(model)
     _check_proto(proto, source)
     infer_shapes(model, proto)
+    _check_types(model, source)
 
 
 def _imports(model: ir.Model) -> list[onnx.OperatorSetIdProto]:
@@ -104,9 +107,23 @@ def _check_opset(model: ir.Model, source: str) -> None:
         )
 
 
+def _check_types(model: ir.Model, source: str) -> None:
+    """What onnx's checker leaves out: whether the types of a node's inputs and outputs fit its operator."""
+    for node in model.graph.all_nodes():
+        if node.domain not in STANDARD:
+            continue
+        inputs, outputs = (tuple(map(type_text, values)) for values in (node.inputs, node.outputs))
+        fault = fault_of_types("", node.op_type, model.opset_imports[""], inputs, outputs)
+        if fault is not None:
+            raise CaptureError(
+                f"types of {label(node)} do not fit: {fault}", where=source, advice=_EXPORT_AGAIN
+            )
+
+
 def _inline(model: ir.Model, source: str) -> None:
     if not model.functions:
         return
+    check_calls(model, source)
     try:
         common.InlinePass()(model)
     except Exception as error:  # the pass raises several types, all wrapped in its own

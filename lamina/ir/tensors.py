@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from lamina.errors import CaptureError
@@ -138,6 +139,14 @@ def own(tensor: ir.TensorProtocol, files: ExternalFiles, where: str) -> ir.Tenso
         return ir.StringTensor(tensor.string_data(), shape=shape_of(tensor), name=tensor.name)  # type: ignore[attr-defined]
     if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray):
         return ir.Tensor(tensor.raw, dtype=tensor.dtype, shape=shape_of(tensor), name=tensor.name)
+    stored = getattr(tensor, "raw", None)
+    # What is not there reads as zeros, as many as the shape says. No type packs more than eight in a byte.
+    if isinstance(stored, onnx.TensorProto) and tensor.size > 8 * stored.ByteSize():
+        raise CaptureError(
+            f"weight '{tensor.name}' of shape {list(stored.dims)[:8]} has data of {stored.ByteSize()} bytes",
+            where=where,
+            advice="the file is damaged: export or download the model again",
+        )
     try:
         if tensor.dtype.bitwidth < 8:
             raw = np.frombuffer(tensor.tobytes(), np.uint8)

@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from lamina.errors import BudgetError, CaptureError, VerificationError
+from lamina.ir.inference import follows_values
 from lamina.ir.names import subgraphs
 from lamina.ir.normalize import check_valid, label
 from lamina.ir.program import Program
@@ -221,7 +222,7 @@ def _check_types(model: ir.Model) -> None:
         output.ClearField("type")
     try:
         inferred = onnx.shape_inference.infer_shapes(
-            proto, check_type=False, strict_mode=False, data_prop=True
+            proto, check_type=False, strict_mode=False, data_prop=follows_values(model)
         )
     except onnx.shape_inference.InferenceError as error:
         raise VerificationError(
