@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,7 @@ from folding import check, interface, ops, program, run
 
 from lamina.errors import PassError, VerificationError
 from lamina.ir.program import Program
-from lamina.passes.fold import CLEANUP, FOLDS, FORMS, apply_named, catalog, fold, form_names, load, pipeline
+from lamina.passes.fold import CLEANUP, FOLDS, FORMS, apply_named, fold, form_names, load
 from lamina.passes.fold.fold_constants import FoldConstants
 from lamina.passes.fold.simplify_patterns import RULES
 from lamina.passes.pass_ import Fold, pass_name
@@ -259,10 +260,24 @@ def test_inferred_dimensions_do_not_reach_the_interface() -> None:
     assert after.outputs == before.outputs
 
 
-def test_large_graphs_go_without_the_superlinear_matcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "SUPERLINEAR_MAX_NODES", 3)
-    assert "simplify_patterns" in catalog.SUPERLINEAR
-    assert "simplify_patterns" not in fold(messy())[1]
+def test_a_node_meets_only_the_rules_of_its_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxscript.rewriter import RewriteRule
+
+    asked: list[str] = []
+    real = RewriteRule.try_rewrite
+
+    def counted(self: Any, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any) -> Any:
+        asked.append(node.op_type)
+        return real(self, model, graph, node, **options)
+
+    monkeypatch.setattr(RewriteRule, "try_rewrite", counted)
+    chain = "".join(f"v{i + 1} = Neg(v{i})\n" for i in range(50))
+    after = apply_named(
+        build(f"v0 = Relu(x)\nr = Relu(v0)\n{chain.replace('(v0)', '(r)')}y = Abs(v50)"),
+        ["simplify_patterns"],
+    )
+    assert set(asked) == {"Relu"}
+    assert ops(after) == {"Relu": 1, "Neg": 50, "Abs": 1}
 
 
 def test_a_form_that_does_not_match_leaves_the_opset() -> None:

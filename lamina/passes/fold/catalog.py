@@ -78,10 +78,6 @@ UNAFFECTED: dict[str, tuple[str, ...]] = {
     "merge_common_subexpressions": ("remove_unused",),
 }
 
-# onnxscript's matcher takes time quadratic in the nodes (_matcher.py:393), so large graphs go without these.
-SUPERLINEAR: tuple[str, ...] = ("simplify_patterns",)
-SUPERLINEAR_MAX_NODES = 5_000
-
 
 def canonical(name: str) -> str:
     """The module name of a fold, whichever of ``fuse-gelu`` and ``fuse_gelu`` was written.

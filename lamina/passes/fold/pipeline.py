@@ -16,8 +16,6 @@ from lamina.passes.fold.catalog import (
     CLEANUP,
     FOLDS,
     FORMS,
-    SUPERLINEAR,
-    SUPERLINEAR_MAX_NODES,
     TIDY,
     UNAFFECTED,
     canonical,
@@ -119,9 +117,7 @@ class _Run:
 
     def step(self, name: str) -> bool:
         """Run one pass; whether it changed anything. A failure restores the model and bans the pass."""
-        if name in self.banned or (name in SUPERLINEAR and len(self.model.graph) > SUPERLINEAR_MAX_NODES):
-            return False
-        if self._is_settled(name):
+        if name in self.banned or self._is_settled(name):
             return False
         records: list[Rewrite] = []
         try:

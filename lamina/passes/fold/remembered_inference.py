@@ -25,7 +25,7 @@ _PLAIN = (
 
 @cache
 def remembering_pass() -> type | None:
-    """A subclass of onnxscript's pass that remembers inferences; None where the library has no such method."""
+    """Subclass onnxscript's pass to remember inferences; None where the library has no such method."""
     from onnxscript.optimizer import _constant_folding as library
 
     base = getattr(library, "FoldConstantsPass", None)
