@@ -331,7 +331,7 @@ def build(spec: Spec, *, noise: int | None = None) -> Made:
         piece = PIECES[int(builder.rng.choice(len(PIECES), p=weights / weights.sum()))][1]
         names.append(piece.__name__)
         piece(builder)
-    if not builder.nodes:
+    if not any(v not in builder.inputs for v in builder.values):
         builder.rng = rng
         builder.op("Relu", [builder.floats(2)], builder.default_shape(2), exact=True)
     return _finish(spec, builder, rng, tuple(names))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from lamina.passes.fold.library import LibraryFold
+from lamina.ir.amplifiers import heavy_nodes
+from lamina.passes.fold.graph import every_node
+from lamina.passes.fold.library import LibraryFold, hidden
 from lamina.passes.pass_ import Effect, Rounding
 
 
@@ -36,7 +39,28 @@ class FoldConstants(LibraryFold):
 
         limits = {"input_size_limit": self.input_elements, "output_size_limit": self.output_elements}
         fast = remembering_pass()
-        if fast is None:
-            fold_constants(model, onnx_shape_inference=True, **limits)
-        else:
-            fast(shape_inference=True, **limits)(model)
+        with hidden(_too_large(model, self.output_elements)):
+            if fast is None:
+                fold_constants(model, onnx_shape_inference=True, **limits)
+            else:
+                fast(shape_inference=True, **limits)(model)
+
+
+def _too_large(model: ir.Model, limit: int) -> list[ir.Node]:
+    """Constant nodes whose result is not worth computing: the library looks at its size only afterwards."""
+    heavy, found = set(heavy_nodes(model)), []
+    constant: set[ir.Value] = set()
+    for node in every_node(model.graph):
+        reads = [v for v in node.inputs if v is not None]
+        if not all(v.const_value is not None or v in constant for v in reads):
+            continue
+        constant.update(node.outputs)
+        if node in heavy or any(_elements(v) > limit for v in node.outputs):
+            found.append(node)
+    return found
+
+
+def _elements(value: ir.Value) -> int:
+    """The number of elements where every dim is known, else none."""
+    dims = [] if value.shape is None else list(value.shape)
+    return math.prod(d for d in dims if isinstance(d, int)) if all(isinstance(d, int) for d in dims) else 0

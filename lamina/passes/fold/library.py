@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import onnx_ir as ir
@@ -22,6 +23,7 @@ _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
 _STANDARD = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
+_NUMBERS = count()  # no two hidden nodes share a domain, so nothing takes one for the other
 
 
 def is_fenced(node: ir.Node) -> bool:
@@ -76,15 +78,21 @@ def protected(model: ir.Model) -> Iterator[None]:
     """Hide fenced nodes and the subgraphs of opaque ones from library passes."""
     with opaque_subgraphs_hidden(model):
         stuck = stuck_identities(model)
-        hidden = [n for n in every_node(model.graph) if n in stuck or is_fenced(n)]
-        domains = [n.domain for n in hidden]
-        for i, node in enumerate(hidden):
-            node.domain = f"lamina.fenced.{i}"
-        try:
+        with hidden([n for n in every_node(model.graph) if n in stuck or is_fenced(n)]):
             yield
-        finally:
-            for node, domain in zip(hidden, domains, strict=True):
-                node.domain = domain
+
+
+@contextmanager
+def hidden(nodes: list[ir.Node]) -> Iterator[None]:
+    """Give nodes a domain that nobody knows while a library runs."""
+    domains = [n.domain for n in nodes]
+    for node in nodes:
+        node.domain = f"lamina.fenced.{next(_NUMBERS)}"
+    try:
+        yield
+    finally:
+        for node, domain in zip(nodes, domains, strict=True):
+            node.domain = domain
 
 
 def adopt_names(model: ir.Model, owners: dict[str, str], rewriter: Rewriter) -> None:
