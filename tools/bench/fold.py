@@ -4,8 +4,8 @@
 
 Peers: onnxslim, onnxsim (where this Python, or the one given, has them), onnxscript's optimizer, and ONNX
 Runtime's offline optimization at its basic level, which keeps to standard operators. Every tool runs in a
-process of its own; its time is CPU time from reading the file to having written the result, lamina's with and
-without running the result against the original, which no peer does. Models: a ResNet-18 and an encoder
+process of its own; its time is CPU time from reading the file to having written the result; for lamina also
+wall time without running the result against the original, which no peer does. Models: a ResNet-18 and an encoder
 exported by torch (where it is installed), decoders of 12, 48 and 192 layers, one of 100,000 nodes, and the
 reference models. Exit code 1 where a bound of :func:`failures` is broken.
 """
@@ -176,11 +176,11 @@ def show(rows: dict[str, dict[str, Any]]) -> None:
     table = Table(
         title="nodes left / CPU seconds to fold / latency over the original's", title_justify="left"
     )
-    for column in ("model", "before", "lamina", "unchecked", *PEERS):
+    for column in ("model", "before", "lamina", "wall, unchecked", *PEERS):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name, row in rows.items():
         mine = row["lamina"]
-        unchecked = f"{mine['cpu'] - mine['checked_seconds']:.2f}" if "checked_seconds" in mine else ""
+        unchecked = f"{mine['seconds'] - mine['checked_seconds']:.2f}" if "checked_seconds" in mine else ""
         cells = [_cell(row.get(tool), row.get("latency", {}).get(tool)) for tool in ("lamina", *PEERS)]
         table.add_row(name, str(row["nodes"]), cells[0], unchecked, *cells[1:])
     console.print(table)
