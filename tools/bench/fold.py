@@ -5,9 +5,9 @@
 Peers: onnxslim, onnxsim (where this Python, or the one given, has them), onnxscript's optimizer, and ONNX
 Runtime's offline optimization at its basic level, which keeps to standard operators. Every tool runs in a
 process of its own; its time is CPU time from reading the file to having written the result; for lamina also
-wall time without running the result against the original, which no peer does. Models: a ResNet-18 and an encoder
-exported by torch (where it is installed), decoders of 12, 48 and 192 layers, one of 100,000 nodes, and the
-reference models. Exit code 1 where a bound of :func:`failures` is broken.
+wall time without running the result against the original, which no peer does. Models: a ResNet-18 and an
+encoder exported by torch (where it is installed), decoders of 12, 48 and 192 layers, one of 100,000 nodes,
+and the reference models. Exit code 1 where a bound of :func:`failures` is broken.
 """
 
 from __future__ import annotations
