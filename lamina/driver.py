@@ -14,7 +14,7 @@ from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.budget import Budget
 from lamina.data import Splits, load_splits
-from lamina.errors import PassError, VerificationError
+from lamina.errors import BackendError, PassError, UnsupportedOperator, VerificationError
 from lamina.ir.capture import capture
 from lamina.ir.program import Program
 from lamina.passes import get_transform, transform_names
@@ -131,13 +131,30 @@ def check_samples(program: Program, splits: Splits, metric: Metric) -> None:
 
     Raises:
         DataError: The metric misses something, or the original gives NaN or an infinite value.
+        UnsupportedOperator: The original does not run because of an operator nobody knows.
     """
     metric.check(splits.selection)
     metric.check(splits.report)
     every_core = Target.parse("ort:cpu")
-    run = get_backend(every_core).compile(program.model, every_core).run
+    try:
+        run = get_backend(every_core).compile(program.model, every_core).run
+    except BackendError as error:
+        raise _unknown_operator(program) or error from error
     few = next(splits.selection.batches())
     evaluate(run, few, metric, reference_run=run if metric.kind == "divergence" else None)
+
+
+def _unknown_operator(program: Program) -> UnsupportedOperator | None:
+    """The error that names the first operator of a custom domain, if there is one."""
+    for node in program.graph.all_nodes():
+        if node.domain and not node.domain.startswith(("ai.onnx", "com.microsoft")):
+            return UnsupportedOperator(
+                f"nothing here can run operator '{node.op_type}' of domain '{node.domain}'",
+                where=f"node '{node.name}' in {program.source}",
+                advice="export it as standard operators or as a model-local function; "
+                "'lamina fold' carries such operators through untouched",
+            )
+    return None
 
 
 def _optimize(request: Request, folder: Path) -> Result:
