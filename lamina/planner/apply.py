@@ -135,7 +135,16 @@ def site_outputs(move: Move, rewriter: Rewriter) -> list[ir.Value]:
         PassError: The program lacks a node or an output of the site.
     """
     nodes = _site_nodes(move, rewriter)
-    return [_output(nodes, name) for name in move.site.outputs]
+    made = {v.name: v for n in nodes.values() for v in n.outputs}
+    if len(move.site.outputs) == 1 and move.site.outputs[0] not in made:
+        # trap: a drop before may have handed the name of an interface output to this site's value
+        return [nodes[move.site.nodes[-1]].outputs[0]]
+    missing = next((name for name in move.site.outputs if name not in made), None)
+    if missing is not None:
+        raise PassError(
+            f"no node of the site produces '{missing}'", advice="the plan was made for another model"
+        )
+    return [made[name] for name in move.site.outputs]
 
 
 def _site_nodes(move: Move, rewriter: Rewriter) -> dict[str, ir.Node]:
@@ -149,11 +158,3 @@ def _site_nodes(move: Move, rewriter: Rewriter) -> dict[str, ir.Node]:
             )
         nodes[name] = rewriter.node(name)
     return nodes
-
-
-def _output(nodes: dict[str, ir.Node], name: str) -> ir.Value:
-    for node in nodes.values():
-        for value in node.outputs:
-            if value.name == name:
-                return value
-    raise PassError(f"no node of the site produces '{name}'", advice="the plan was made for another model")

@@ -6,14 +6,16 @@ import numpy as np
 from onnx import TensorProto, helper
 from onnx_tools import proto, run
 
+from lamina.analysis.statistics import Statistics
 from lamina.ir.capture import capture
 from lamina.ir.program import Program
 from lamina.passes.drop_branch import DropBranch
 from lamina.passes.fold import fold
 from lamina.passes.pass_ import Site
+from lamina.passes.quantize import Quantize
 from lamina.planner.apply import apply_moves
 from lamina.planner.plan import Move
-from lamina.planner.space import Space
+from lamina.planner.space import Space, build_space
 from lamina.planner.supergraph import FLAGS, build_supergraph
 
 FEEDS = {"x": np.random.default_rng(0).standard_normal((2, 4)).astype(np.float32)}
@@ -103,12 +105,30 @@ def test_dropping_an_output_sum_before_the_sum_it_reads() -> None:
         np.testing.assert_array_equal(run(dropped.model, FEEDS)[0], FEEDS["x"])
 
 
+def test_quantizing_what_a_drop_gave_the_name_of_an_output() -> None:
+    """The first sum becomes the output when the second branch goes; its product is stored in int8 as well."""
+    rng = np.random.default_rng(3)
+    weights = {k: rng.standard_normal((n, 32)).astype(np.float32) for k, n in (("w0", 4), ("w2", 32))}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["s"], "m0"),
+        helper.make_node("MatMul", ["s", "w2"], ["m2"], "m2"),
+        helper.make_node("Relu", ["m2"], ["r2"], "r2"),
+        helper.make_node("Add", ["s", "r2"], ["y"], "sum"),
+    ]
+    program = capture(proto(nodes, {"x": ["n", 4]}, {"y": ["n", 32]}, weights))
+    quantize = Quantize(forms=("float16",), minimum_reduction=1)
+    sites = [s for s in quantize.sites(program) if isinstance(s, Site) and s.name == "m0"]
+    moves = [Move(s, quantize.options(s, program, Statistics(0), None)[0]) for s in sites]
+    assert moves
+    applied = apply_moves(program, [*_drops(program), *moves])
+    assert [p.name for p in applied.outputs] == ["y"]
+    half = weights["w0"].astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(run(applied.model, FEEDS)[0], FEEDS["x"] @ half, rtol=1e-4, atol=1e-5)
+
+
 def test_a_supergraph_of_a_program_that_hands_an_input_out() -> None:
     program = _two_branches()
     transform = DropBranch()
-    from lamina.analysis.statistics import Statistics
-    from lamina.planner.space import build_space
-
     space: Space = build_space(program, [transform], Statistics(0), None)  # type: ignore[arg-type]
     graph = build_supergraph(space)
     expected = run(program.model, FEEDS)
