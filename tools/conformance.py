@@ -90,6 +90,7 @@ def render(outcomes: Sequence[Outcome]) -> str:
 def _head(outcomes: Sequence[Outcome], shipped: Sequence[Outcome]) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     changed = sum(bool(o.changed) for o in outcomes)
+    compared = sum(o.status in ("same", "changed") for o in outcomes)
     refused = sum(bool(o.refused) for o in shipped)
     undone = sum(bool(o.undone) for o in outcomes)
     return f"""# Conformance
@@ -97,7 +98,7 @@ def _head(outcomes: Sequence[Outcome], shipped: Sequence[Outcome]) -> str:
 Made by `python -m tools.conformance --docs`; nothing on this page is written by hand.
 Measured with {versions}, Python {platform.python_version()}.
 
-**{changed} of {len(outcomes)} results changed.** lamina refused {refused} of {len(shipped)} models.
+**{changed} of {compared} compared results changed.** lamina refused {refused} of {len(shipped)} models.
 In {undone} runs a pass failed and was undone.
 
 Every model of the backend suites that ship with the `onnx` package (node, simple, pytorch-operator and
