@@ -38,6 +38,7 @@ def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
     _check_operators(model, source)
     _inline(model, source)
     _check_references(model, source)
+    _check_attributes(model, source)
     _sort(model, source)
     _own_tensors(model, source, files)
     with opaque_subgraphs_hidden(model):
@@ -149,6 +150,19 @@ def _check_references(model: ir.Model, source: str) -> None:
                     where=source,
                     advice=_EXPORT_AGAIN,
                 )
+
+
+def _check_attributes(model: ir.Model, source: str) -> None:
+    """With the functions inlined, no attribute may still stand for one of a function."""
+    for node in model.graph.all_nodes():
+        loose = next((a for a in node.attributes.values() if a.is_ref()), None)
+        if loose is not None and node.domain in STANDARD:
+            raise CaptureError(
+                f"attribute '{loose.name}' of {label(node)} refers to '{loose.ref_attr_name}' of a function, "
+                "but the node is in none",
+                where=source,
+                advice=_EXPORT_AGAIN,
+            )
 
 
 def _sort(model: ir.Model, source: str) -> None:

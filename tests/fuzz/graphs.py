@@ -334,7 +334,21 @@ def build(spec: Spec, *, noise: int | None = None) -> Made:
     if not any(v not in builder.inputs for v in builder.values):
         builder.rng = rng
         builder.op("Relu", [builder.floats(2)], builder.default_shape(2), exact=True)
-    return _finish(spec, builder, rng, tuple(names))
+    made = _finish(spec, builder, rng, tuple(names))
+    if builder.noise is not None:
+        _perturb_weights(made.proto, builder.noise)
+    return made
+
+
+def _perturb_weights(proto: onnx.ModelProto, noise: np.random.Generator) -> None:
+    """Rounding inside an operator, such as a normalization's, is like other weights by an ulp or two."""
+    values = [a.t for n in proto.graph.node if n.op_type == "Constant" for a in n.attribute]
+    for tensor in (*proto.graph.initializer, *values):
+        array = numpy_helper.to_array(tensor)
+        if array.size > 1 and array.dtype.kind == "f":
+            steps = noise.choice([-2, -1, 1, 2], array.shape) * np.finfo(array.dtype).eps
+            name = tensor.name
+            tensor.CopyFrom(numpy_helper.from_array((array * (1 + steps)).astype(array.dtype), name))
 
 
 def _finish(spec: Spec, builder: Builder, rng: np.random.Generator, names: tuple[str, ...]) -> Made:

@@ -417,6 +417,13 @@ def test_a_missing_weight() -> None:
     _fails(model, CaptureError, "value 'b1', read by Add 'bias', is produced by nothing")
 
 
+def test_an_attribute_of_no_function() -> None:
+    model = mlp()
+    model.graph.node[2].op_type = "LeakyRelu"
+    model.graph.node[2].attribute.add(name="alpha", type=onnx.AttributeProto.FLOAT, ref_attr_name="slope")
+    _fails(model, CaptureError, "attribute 'alpha' of LeakyRelu 'relu' refers to 'slope' of a function")
+
+
 @pytest.mark.parametrize("kind", [0, 24, 25, 26, 99, 2**31 - 1])
 def test_types_that_do_not_fit_or_do_not_exist(kind: int) -> None:
     model = mlp()
