@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -237,6 +238,25 @@ def test_a_failing_library_is_undone_and_on_record(monkeypatch: pytest.MonkeyPat
     assert ("fold-constants", "undone: RuntimeError: no evaluator") in [(r.pass_name, r.why) for r in records]
     for feed in feeds():
         assert np.allclose(run(after, feed)[0], run(before, feed)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_verify_all_runs_the_program_after_every_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fold that writes Sub for Add leaves a sound graph: only running it shows."""
+
+    def subtracts(self: FoldConstants, model: ir.Model) -> None:
+        for node in model.graph:
+            node.op_type = "Sub" if node.op_type == "Add" else node.op_type
+
+    monkeypatch.setattr(FoldConstants, "run", subtracts)
+    program = messy()
+    program = replace(program, example=feeds()[0])
+    assert "fold_constants" in fold(program)[1]
+    monkeypatch.setenv("LAMINA_VERIFY", "all")
+    after, names, records = fold(program)
+    assert "fold_constants" not in names
+    assert any(r.pass_name == "fold-constants" and "differs by" in r.why for r in records)
+    for feed in feeds():
+        assert np.allclose(run(after, feed)[0], run(program, feed)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_changed_interface_is_undone_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

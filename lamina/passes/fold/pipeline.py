@@ -12,6 +12,7 @@ from lamina.ir.capture import collector_paused
 from lamina.ir.opset import raise_opset
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewrite, Rewriter
+from lamina.ir.verify import verify_all, verify_structure
 from lamina.passes.fold.catalog import (
     CLEANUP,
     FOLDS,
@@ -22,6 +23,7 @@ from lamina.passes.fold.catalog import (
     load,
 )
 from lamina.passes.fold.graph import LocalFold, every_node
+from lamina.passes.fold.thorough import verify_outputs
 from lamina.passes.pass_ import Fold
 
 _ROUNDS = 4
@@ -167,7 +169,9 @@ def _guarded(
     _keep_interface(found.name, model, program)
     after = fingerprint(model)
     if after != before:
-        _verify(model, found.name)
+        verify_structure(model, found.name)
+        if verify_all():
+            verify_outputs(program, program.with_model(model), found.name)
     return model, after
 
 
@@ -225,11 +229,3 @@ def _broken(pass_name: str, what: str, got: object, expected: object) -> Verific
         f"after {pass_name}: {what} changed from {expected} to {got}",
         advice="this is a bug in the pass; leave it out with only=[...] and report it",
     )
-
-
-def _verify(model: ir.Model, pass_name: str) -> None:
-    try:
-        from lamina.ir.verify import verify_structure
-    except ImportError:
-        return
-    verify_structure(model, pass_name)
