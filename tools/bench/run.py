@@ -1,6 +1,6 @@
 """Run the reference suite: float32, ONNX Runtime's dynamic and static int8, lamina at drop <= 1 %.
 
-    python -m tools.bench.run [--cases minilm,kwt1] [--threads 1,2] [--seconds 120] [--out out/bench]
+    python -m tools.bench.run [--cases kwt1] [--threads 1,2] [--seconds 120] [--out out/bench] [--again]
 
 Every model of a case is timed in alternation, each in a process of its own, in one run a thread count; the
 float32 original at full graph optimization is the 1.0. Quality is on report data that no search saw.
@@ -29,7 +29,7 @@ from lamina.ir.capture import capture
 from lamina.workload import parse_workload
 from tools.bench import judge, peers
 from tools.bench.cases import CASES, Case
-from tools.bench.table import faster, held
+from tools.bench.table import faster, held, load
 
 
 def run_case(case: Case, out: Path, threads: list[int], seconds: float, seed: int) -> dict[str, Any]:
@@ -78,6 +78,24 @@ def run_case(case: Case, out: Path, threads: list[int], seconds: float, seed: in
             rows[name]["times"][str(count)] = times
     found = {"case": case.name, "metric": case.metric, "optimize_s": took, "note": note, "systems": rows}
     if "lamina" in models:  # once more by what shares no code with lamina
+        found["judged"] = judge.judge(case, models["lamina"])
+    return found
+
+
+def time_again(found: dict[str, Any], out: Path, threads: list[int]) -> dict[str, Any]:
+    """Time and judge what an earlier run left; nothing is optimized."""
+    case = next(c for c in CASES if c.name == found["case"])
+    files = {
+        "float32": case.path,
+        "ort dynamic": out / case.name / "ort_dynamic.onnx",
+        "ort static": out / case.name / "ort_static.onnx",
+        "lamina": out / case.name / "lamina" / "model.onnx",
+    }
+    models = {name: path for name, path in files.items() if name in found["systems"]}
+    for count in threads:
+        for name, times in timed(case, models, count).items():
+            found["systems"][name]["times"][str(count)] = times
+    if "lamina" in models:
         found["judged"] = judge.judge(case, models["lamina"])
     return found
 
@@ -172,13 +190,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/bench"))
+    parser.add_argument("--again", action="store_true", help="only time and judge what lies in --out")
     chosen = parser.parse_args()
     logging.getLogger().setLevel(logging.ERROR)  # the peers' quantizer warns once a weight
     threads = [int(t) for t in chosen.threads.split(",")]
     wanted = chosen.cases.split(",")
     results = []
+    if chosen.again:
+        for found in load(chosen.out):
+            results.append(time_again(found, chosen.out, threads) if found["case"] in wanted else found)
+        (chosen.out / "bench.json").write_text(json.dumps(results, indent=1, default=str) + "\n")
     for case in CASES:
-        if case.name in wanted:
+        if case.name in wanted and not chosen.again:
             print(f"{case.name} ...", flush=True)
             results.append(run_case(case, chosen.out, threads, chosen.seconds, chosen.seed))
             (chosen.out / "bench.json").write_text(json.dumps(results, indent=1, default=str) + "\n")

@@ -104,9 +104,11 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+")
     runs = [load(folder) for folder in parser.parse_args().runs]
-    for threads in runs[0][0]["systems"]["float32"]["times"]:
-        print(f"\n{threads} thread(s)\n\n{table(runs, threads)}\n")
-        for number, run in enumerate(runs):
+    counts = sorted({t for run in runs for t in run[0]["systems"]["float32"]["times"]}, key=int)
+    for threads in counts:
+        timed = [run for run in runs if threads in run[0]["systems"]["float32"]["times"]]
+        print(f"\n{threads} thread(s), {len(timed)} run(s)\n\n{table(timed, threads)}\n")
+        for number, run in enumerate(timed):
             ratios = faster(run, threads)
             mean = float(np.exp(np.mean(np.log(ratios))))
             print(
