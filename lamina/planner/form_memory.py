@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,7 +13,8 @@ from typing import Any
 from lamina.backends import get_backend
 from lamina.backends.backend import Target, Workload
 from lamina.backends.measure import Ratio
-from lamina.errors import LaminaError
+from lamina.errors import LaminaError, OutputError
+from lamina.ir.io import write_atomic
 from lamina.planner.price_store import cache_folder
 from lamina.planner.timing import Relative
 
@@ -47,21 +46,14 @@ class FormMemory:
         """Keep a record and write it; a folder that cannot be written costs the memory, nothing else."""
         label = _digest("\n".join(key))
         self._records[label] = self._fresh[label] = record
-        with suppress(OSError):
+        with suppress(OSError, OutputError):
             self._save()
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         merged = {**self._read(), **self._fresh}  # other processes' additions are kept
         text = json.dumps({"format": FORMAT, **self.identity, "records": merged}, indent=1)
-        handle, partial = tempfile.mkstemp(dir=self.path.parent, prefix=".forms-")
-        try:
-            with os.fdopen(handle, "w") as file:
-                file.write(text)
-            Path(partial).replace(self.path)
-        except BaseException:
-            Path(partial).unlink(missing_ok=True)
-            raise
+        write_atomic(self.path, text)
 
     def _read(self) -> dict[str, Record]:
         """What the file holds; nothing where it is absent, corrupt or of another format."""

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from lamina.errors import OutputError
+from lamina.ir.io import write_atomic
 
 FORMAT = 2
 
@@ -78,19 +80,12 @@ class PriceStore:
         """Write what is new; a folder that cannot be written costs the cache, nothing else."""
         if not self._fresh:
             return
-        with suppress(OSError):
+        with suppress(OSError, OutputError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             merged = {**self._read(), **self._fresh}
             rows = {key: asdict(price) for key, price in sorted(merged.items())}
             text = json.dumps({"format": FORMAT, **self.identity, "prices": rows}, indent=1)
-            handle, partial = tempfile.mkstemp(dir=self.path.parent, prefix=".prices-")
-            try:
-                with os.fdopen(handle, "w") as file:
-                    file.write(text)
-                Path(partial).replace(self.path)
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
+            write_atomic(self.path, text)
             self._fresh.clear()
 
     def _read(self) -> dict[str, Price]:
