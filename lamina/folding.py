@@ -19,6 +19,7 @@ from lamina.backends.backend import Backend, Target, Workload
 from lamina.data import Dataset, load_data
 from lamina.errors import OutputError
 from lamina.ir.capture import capture
+from lamina.ir.collector import collector_paused
 from lamina.ir.fix_shapes import fix_shapes
 from lamina.ir.io import save_model, serialized_size
 from lamina.ir.program import Program
@@ -175,7 +176,20 @@ def run_fold(
     Raises:
         LaminaError: Model, data, target, workload, shapes or a pass's name is not usable.
     """
-    progress = progress or Progress()
+    with collector_paused():
+        return _run(model, target, data, workload, shapes, only, forms, progress or Progress())
+
+
+def _run(
+    model: Any,
+    target: str | Target | None,
+    data: Any,
+    workload: Any,
+    shapes: Mapping[str, int | Sequence[int | None]] | None,
+    only: Sequence[str] | None,
+    forms: Sequence[str] | None,
+    progress: Progress,
+) -> FoldResult:
     always = FOLDS if only is None else tuple(canonical(name) for name in only)
     candidates = None if forms is None else tuple(canonical(name) for name in forms)
     aim = None if target is None else Target.parse(target)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lamina.backends import get_backend
 from lamina.backends.backend import Executable, Target
 from lamina.comparison.running import Trial, run_both, summarize, trials
-from lamina.comparison.structure import compare_structure
+from lamina.comparison.structure import differing_interface, random_nodes
 from lamina.data import Dataset
 from lamina.errors import BackendError, LaminaError
 from lamina.ir.program import Program
@@ -54,11 +54,12 @@ class Oracle:
 
     def check(self, other: Program) -> Check:
         """Run both on the same inputs and compare every output within its dtype's rounding."""
-        structure = compare_structure(self._program, other)
-        if structure.interface:
-            return Check(False, reason=structure.interface[0])
-        if structure.random:
-            return Check(None, reason=f"{structure.random[0]} draws random numbers")
+        interface = differing_interface(self._program, other)
+        if interface:
+            return Check(False, reason=interface[0])
+        random = random_nodes(self._program, other)
+        if random:
+            return Check(None, reason=f"{random[0]} draws random numbers")
         original = self._compiled()
         if original is None:
             return Check(None, reason=self._unusable)

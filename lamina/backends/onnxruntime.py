@@ -15,6 +15,7 @@ import onnx_ir as ir
 from lamina.backends import _session
 from lamina.backends.backend import Audit, Case, Feeds, Latency, Target, Workload
 from lamina.errors import BackendError, BudgetError
+from lamina.ir.message import message
 
 if TYPE_CHECKING:
     from lamina.backends.measure import IsolatedTimer
@@ -193,7 +194,7 @@ def serialize(model: ir.Model) -> bytes | None:
     whole = model
     if any(isinstance(v.const_value, ir.ExternalTensor) for v in _initializers(model)):
         whole = ir.external_data.load_to_model(model.clone())
-    data: bytes = ir.serde.serialize_model(whole).SerializeToString()
+    data: bytes = message(whole).SerializeToString()
     return data
 
 

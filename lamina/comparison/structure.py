@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from lamina.comparison.verdict import Structure
 from lamina.errors import DataError
+from lamina.ir.names import every_node
 from lamina.ir.normalize import label
 from lamina.ir.program import Port, Program
 from lamina.ir.semantics import why_fenced
@@ -26,10 +27,7 @@ def compare_structure(first: Program, second: Program) -> Structure:
     counts = _operators(first.model), _operators(second.model)
     weights = _weights(first.model), _weights(second.model)
     return Structure(
-        interface=(
-            *_ports("input", first.inputs, second.inputs),
-            *_ports("output", first.outputs, second.outputs),
-        ),
+        interface=differing_interface(first, second),
         shapes=(*_shapes(first.inputs, second.inputs), *_shapes(first.outputs, second.outputs)),
         opsets={
             d or "ai.onnx": (versions[0].get(d), versions[1].get(d))
@@ -44,8 +42,22 @@ def compare_structure(first: Program, second: Program) -> Structure:
         nodes=(counts[0].total(), counts[1].total()),
         initializers=(len(weights[0]), len(weights[1])),
         initializer_bytes=(sum(weights[0]), sum(weights[1])),
-        random=tuple(_random(first) + _random(second)),
+        random=random_nodes(first, second),
     )
+
+
+def differing_interface(first: Program, second: Program) -> tuple[str, ...]:
+    """Every difference between the inputs and outputs of two models."""
+    return (
+        *_ports("input", first.inputs, second.inputs),
+        *_ports("output", first.outputs, second.outputs),
+    )
+
+
+def random_nodes(*programs: Program) -> tuple[str, ...]:
+    """The nodes that draw random numbers."""
+    nodes = (n for program in programs for n in every_node(program.graph))
+    return tuple(label(n) for n in nodes if "random" in (why_fenced(n) or ""))
 
 
 def shared_outputs(first: Program, second: Program) -> tuple[Port, ...]:
@@ -110,13 +122,9 @@ def _shapes(one: tuple[Port, ...], other: tuple[Port, ...]) -> list[str]:
 
 
 def _operators(model: ir.Model) -> Counter[str]:
-    return Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in model.graph.all_nodes())
+    return Counter(f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in every_node(model.graph))
 
 
 def _weights(model: ir.Model) -> list[int]:
     tensors = (v.const_value for g in model.graphs() for v in g.initializers.values())
     return [t.nbytes for t in tensors if t is not None]
-
-
-def _random(program: Program) -> list[str]:
-    return [label(n) for n in program.graph.all_nodes() if "random" in (why_fenced(n) or "")]

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
+from lamina.ir.names import every_node
+
 # operator -> the inputs whose values decide how much it makes
 _SIZES: dict[str, tuple[int, ...]] = {
     "Range": (0, 1, 2),
@@ -38,7 +40,7 @@ def heavy_nodes(model: ir.Model, limit: int = _LIMIT) -> list[ir.Node]:
     An upper bound is taken: the product of all numbers that reach a size, so that what is left out is safe.
     Shapes that values state are believed. Linear in the nodes behind each size.
     """
-    return [n for n in model.graph.all_nodes() if amplifies(n) and _bound(n, limit) > limit]
+    return [n for n in every_node(model.graph) if amplifies(n) and _bound(n, limit) > limit]
 
 
 def amplifies(node: ir.Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import onnx_ir as ir
 
 from lamina.errors import CaptureError, DataError, LaminaError
 from lamina.ir import capture_onnx
+from lamina.ir.collector import collector_paused
 from lamina.ir.examples import synthesize
 from lamina.ir.program import Program
 
@@ -46,18 +46,6 @@ def capture(
         return model if example_inputs is None else _with_example(model, example_inputs)
     with collector_paused():
         return _capture(model, example_inputs, dynamic_shapes, name)
-
-
-@contextlib.contextmanager
-def collector_paused() -> Iterator[None]:
-    """Keep Python from looking for garbage among 100,000 nodes: half the time of reading them went there."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any, name: str | None) -> Program:

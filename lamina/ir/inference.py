@@ -9,10 +9,12 @@ import onnx_ir as ir
 
 from lamina.errors import CaptureError
 from lamina.ir.amplifiers import amplifies, heavy_nodes
-from lamina.ir.names import subgraphs
+from lamina.ir.names import every_node, subgraphs
 from lamina.ir.skeleton import skeleton
 
 _MAX_ROUNDS = 4
+# A serialized type -> whether it holds a map, the type and the shape.
+_Known = dict[bytes, tuple[bool, ir.TypeProtocol | None, ir.Shape | None]]
 
 
 def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> None:
@@ -30,7 +32,7 @@ def infer_shapes(model: ir.Model, proto: onnx.ModelProto | None = None) -> None:
     for _ in range(_MAX_ROUNDS):
         if not _add_ranks(model.graph):
             return
-        _round(model, skeleton(model)[0], forget=False, follow=follow)
+        _round(model, skeleton(model, described=True)[0], forget=False, follow=follow)
 
 
 def follows_values(model: ir.Model) -> bool:
@@ -38,10 +40,10 @@ def follows_values(model: ir.Model) -> bool:
 
     Nodes must have names of their own.
     """
-    if not any(amplifies(n) for n in model.graph.all_nodes()):
+    if not any(amplifies(n) for n in every_node(model.graph)):
         return True
     scratch = model.clone()
-    for node in scratch.graph.all_nodes():
+    for node in every_node(scratch.graph):
         for value in node.outputs:
             value.shape = None  # what a file states of its inner values may be a lie
     _round(scratch, skeleton(scratch)[0], forget=True, follow=False)
@@ -62,10 +64,10 @@ def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool, follow: boo
         done = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=follow)
     except onnx.shape_inference.InferenceError:
         return  # one operator's inference failed: shapes stay unknown, observed_shapes() still works
-    _merge(model.graph, done.graph)
+    _merge(model.graph, done.graph, {})
 
 
-def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> None:
+def _merge(graph: ir.Graph, proto: onnx.GraphProto, known: _Known) -> None:
     infos = {info.name: info for info in (*proto.value_info, *proto.output)}
     protos = {n.name: n for n in proto.node}
     for node in graph:
@@ -73,10 +75,10 @@ def _merge(graph: ir.Graph, proto: onnx.GraphProto) -> None:
             if not value.is_graph_output():  # what an earlier inference left in the file
                 value.shape = known_dims(value.shape)
             if value.name in infos:
-                _refine(value, infos[value.name])
+                _refine(value, infos[value.name], known)
         inner_protos = _graph_attributes(protos.get(node.name or ""))
         for inner_proto, inner in zip(inner_protos, subgraphs(node), strict=False):
-            _merge(inner, inner_proto)
+            _merge(inner, inner_proto, known)
 
 
 def _graph_attributes(node: onnx.NodeProto | None) -> Iterable[onnx.GraphProto]:
@@ -94,10 +96,20 @@ def holds_map(kind: onnx.TypeProto) -> bool:
     return inner == "map_type"
 
 
-def _refine(value: ir.Value, info: onnx.ValueInfoProto) -> None:
-    if holds_map(info.type):
+def _refine(value: ir.Value, info: onnx.ValueInfoProto, known: _Known) -> None:
+    text = info.type.SerializeToString()
+    found = known.get(text)
+    if found is None:
+        holds = holds_map(info.type)
+        kind = None if holds else ir.serde.deserialize_type_proto_for_type(info.type)
+        found = known[text] = (holds, kind, None if holds else _shape(info))
+    holds, kind, shape = found
+    if holds:
         return
-    kind, shape = ir.serde.deserialize_type_proto_for_type(info.type), _shape(info)
+    if shape is not None:
+        shape = shape.copy()
+    if type(kind) is ir.TensorType:
+        kind = ir.TensorType(kind.dtype, denotation=kind.denotation)
     declared = value.is_graph_output()
     if kind is not None and (value.type is None or not declared):
         value.type = kind

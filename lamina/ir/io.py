@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from lamina.errors import OutputError
 from lamina.ir.capture import capture
+from lamina.ir.collector import collector_paused
 from lamina.ir.leftovers import clean, is_referred, lock
 from lamina.ir.program import Program
 from lamina.ir.tensors import shape_of
@@ -49,7 +50,11 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     Raises:
         OutputError: The folder is missing or not writable, or the disk is full; what was there is intact.
     """
-    target = Path(path)
+    with collector_paused():
+        return _save(model, Path(path))
+
+
+def _save(model: ir.Model, target: Path) -> list[Path]:
     clean(target)  # before as well: a full disk may be full of what killed saves left
     if not _is_external(model):
         write_atomic(target, ir.to_proto(_self_contained(model)).SerializeToString(deterministic=True))

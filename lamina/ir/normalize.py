@@ -13,7 +13,7 @@ from lamina.errors import CaptureError, UnsupportedOperator
 from lamina.ir import opset
 from lamina.ir.function_calls import check_calls
 from lamina.ir.inference import infer_shapes as infer_shapes
-from lamina.ir.names import make_names_unique, subgraphs
+from lamina.ir.names import every_node, make_names_unique, subgraphs
 from lamina.ir.opaque import STANDARD, opaque_subgraphs_hidden
 from lamina.ir.schemas import fault_of_types, type_text
 from lamina.ir.skeleton import skeleton
@@ -72,9 +72,9 @@ def _default_domain(model: ir.Model) -> None:
 
 
 def _every_node(model: ir.Model) -> Iterator[ir.Node]:
-    yield from model.graph.all_nodes()
+    yield from every_node(model.graph)
     for function in model.functions.values():
-        yield from function.all_nodes()
+        yield from every_node(function)
 
 
 def label(node: ir.Node) -> str:
@@ -110,7 +110,7 @@ def _check_opset(model: ir.Model, source: str) -> None:
 
 def _check_types(model: ir.Model, source: str) -> None:
     """What onnx's checker leaves out: whether the types of a node's inputs and outputs fit its operator."""
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         if node.domain not in STANDARD:
             continue
         inputs, outputs = (tuple(map(type_text, values)) for values in (node.inputs, node.outputs))
@@ -133,7 +133,7 @@ def _inline(model: ir.Model, source: str) -> None:
             f"the model's functions cannot be inlined: {reason}", where=source, advice=_EXPORT_AGAIN
         ) from error
     model.functions.clear()
-    used = {n.domain for n in model.graph.all_nodes()}
+    used = {n.domain for n in every_node(model.graph)}
     for domain in [d for d in model.opset_imports if d not in used and d not in STANDARD]:
         del model.opset_imports[domain]
 
@@ -154,7 +154,7 @@ def _check_references(model: ir.Model, source: str) -> None:
 
 def _check_attributes(model: ir.Model, source: str) -> None:
     """With the functions inlined, no attribute may still stand for one of a function."""
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         loose = next((a for a in node.attributes.values() if a.is_ref()), None)
         if loose is not None and node.domain in STANDARD:
             raise CaptureError(
@@ -166,6 +166,8 @@ def _check_attributes(model: ir.Model, source: str) -> None:
 
 
 def _sort(model: ir.Model, source: str) -> None:
+    if _is_sorted(model.graph, set()):
+        return
     try:
         model.graph.sort()
     except ValueError:
@@ -173,6 +175,20 @@ def _sort(model: ir.Model, source: str) -> None:
         raise CaptureError(
             f"the graph has a cycle through {names}", where=source, advice=_EXPORT_AGAIN
         ) from None
+
+
+def _is_sorted(graph: ir.Graph, before: set[ir.Node]) -> bool:
+    """Whether every node, subgraphs included, comes after those whose outputs it reads."""
+    for node in graph:
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer is not None and producer not in before:
+                return False
+        if not all(_is_sorted(inner, before) for inner in subgraphs(node)):
+            return False
+        before.add(node)
+    producers = (v.producer() for v in graph.outputs)
+    return all(p is None or p in before for p in producers)
 
 
 def _on_cycle(graph: ir.Graph) -> list[ir.Node]:
@@ -199,7 +215,7 @@ def _on_cycle(graph: ir.Graph) -> list[ir.Node]:
 def _producers(node: ir.Node) -> Iterator[ir.Node]:
     values: list[ir.Value | None] = list(node.inputs)
     for graph in subgraphs(node):
-        values += [v for n in graph.all_nodes() for v in n.inputs] + list(graph.outputs)
+        values += [v for n in every_node(graph) for v in n.inputs] + list(graph.outputs)
     for value in values:
         producer = value.producer() if value is not None else None
         if producer is not None:
@@ -218,16 +234,16 @@ def _own_tensors(model: ir.Model, source: str, files: ExternalFiles) -> None:
             value.const_value = own(value.const_value, files, source)
             value.const_value.name = value.name
             value.shape, value.dtype = shape_of(value.const_value), value.const_value.dtype
-    for node in model.graph.all_nodes():
+    for node in every_node(model.graph):
         for name, attribute in tuple(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
-                tensor = own(attribute.as_tensor(), files, source)
+                tensor = own(attribute.value, files, source)
                 node.attributes[name] = ir.AttrTensor(name, tensor)
 
 
 def _lift_constants(model: ir.Model) -> None:
     """Turn Constant nodes into initializers, but those that are an output: their graph must produce it."""
-    for node in tuple(model.graph.all_nodes()):
+    for node in tuple(every_node(model.graph)):
         if node.op_type != "Constant" or node.domain not in STANDARD or len(node.attributes) != 1:
             continue
         output, graph = node.outputs[0], node.graph
@@ -253,7 +269,8 @@ def _constant_tensor(attribute: ir.Attr) -> ir.TensorProtocol | None:
     if attribute.is_ref():
         return None
     if kind == "value":
-        return attribute.as_tensor()
+        found: ir.TensorProtocol = attribute.value
+        return found
     if kind in ("value_int", "value_ints"):
         return ir.Tensor(np.array(value, np.int64))
     if kind in ("value_float", "value_floats"):
@@ -278,7 +295,7 @@ def _tidy_interface(model: ir.Model, source: str) -> None:
 
 def _leave_deprecated(model: ir.Model) -> None:
     """GroupNormalization of opset 18 to 20 was withdrawn with 21: onnx's checker refuses it since."""
-    if 18 <= model.opset_imports[""] < 21 and any(_is_group_norm(n) for n in model.graph.all_nodes()):
+    if 18 <= model.opset_imports[""] < 21 and any(_is_group_norm(n) for n in every_node(model.graph)):
         infer_shapes(model)
         opset.raise_opset(model, 21)
 
@@ -289,7 +306,7 @@ def _is_group_norm(node: ir.Node) -> bool:
 
 def _trim_outputs(graph: ir.Graph) -> None:
     """Drop trailing omitted optional outputs."""
-    for node in graph.all_nodes():
+    for node in every_node(graph):
         count = len(node.outputs)
         while count > 1 and not node.outputs[count - 1].name:
             count -= 1

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 
+from lamina.ir.names import every_node
+
 STANDARD = frozenset({"", "ai.onnx"})
 _GRAPHS = frozenset({ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS})
 
@@ -18,7 +20,7 @@ def opaque_subgraphs_hidden(model: ir.Model) -> Iterator[None]:
     trap: FlexAttention's modifiers are functions of their inputs alone: an initializer that is lifted out of
     one is out of its reach. Values that such a subgraph reads keep their uses meanwhile.
     """
-    owners = [n for n in model.graph.all_nodes() if n.domain not in STANDARD and _has_subgraphs(n)]
+    owners = [n for n in every_node(model.graph) if n.domain not in STANDARD and _has_subgraphs(n)]
     attributes = [dict(n.attributes) for n in owners]
     for node in owners:
         for name in [a.name for a in node.attributes.values() if a.type in _GRAPHS]:

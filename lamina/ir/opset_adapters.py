@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.errors import UnsupportedOperator
+from lamina.ir.names import every_node
 
 
 class Builder:
@@ -17,7 +18,7 @@ class Builder:
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
         self._taken = {v.name for v in model.graph.inputs} | set(model.graph.initializers)
-        for node in model.graph.all_nodes():
+        for node in every_node(model.graph):
             self._taken.add(node.name)
             self._taken.update(v.name for v in node.outputs)
 

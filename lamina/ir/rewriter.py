@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.errors import PassError
+from lamina.ir.names import every_node
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,47 @@ class Rewrite:
     pass_name: str
     where: str
     why: str
+
+
+class _Index:
+    """Nodes by name, and the names that are taken; read off the model when first asked for."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model = model
+        self._read = False
+        self._nodes: dict[str, ir.Node] = {}
+        self._names: set[str] = set()
+
+    @property
+    def nodes(self) -> dict[str, ir.Node]:
+        self._fill()
+        return self._nodes
+
+    @property
+    def names(self) -> set[str]:
+        self._fill()
+        return self._names
+
+    def add(self, node: ir.Node) -> None:
+        if self._read and node.name:
+            self._nodes[node.name] = node
+
+    def drop(self, nodes: Iterable[ir.Node]) -> None:
+        for node in nodes if self._read else ():
+            if node.name:
+                self._nodes.pop(node.name, None)
+
+    def _fill(self) -> None:
+        if self._read:
+            return
+        self._read = True
+        graph = self._model.graph
+        self._names.update(graph.initializers, (v.name for v in graph.inputs if v.name))
+        for node in every_node(graph):
+            if node.name:
+                self._nodes[node.name] = node
+                self._names.add(node.name)
+            self._names.update([v.name for v in node.outputs if v.name])
 
 
 class Rewriter:
@@ -37,16 +79,7 @@ class Rewriter:
         self.graph = model.graph if graph is None else graph
         self.records: list[Rewrite] = [] if parent is None else parent.records
         self._anchor: ir.Node | None = None
-        self._nodes: dict[str, ir.Node] = {} if parent is None else parent._nodes
-        self._names: set[str] = set(model.graph.initializers) if parent is None else parent._names
-        if parent is not None:
-            return
-        self._names.update(v.name for v in model.graph.inputs if v.name)
-        for node in model.graph.all_nodes():
-            if node.name:
-                self._nodes[node.name] = node
-                self._names.add(node.name)
-            self._names.update(v.name for v in node.outputs if v.name)
+        self._index: _Index = _Index(model) if parent is None else parent._index
 
     # -- look-ups -----------------------------------------------------------------------------------
 
@@ -57,7 +90,7 @@ class Rewriter:
             PassError: There is none (any more).
         """
         try:
-            return self._nodes[name]
+            return self._index.nodes[name]
         except KeyError:
             raise PassError(
                 f"no node is called '{name}'", advice="the plan belongs to another model"
@@ -65,14 +98,14 @@ class Rewriter:
 
     def has_node(self, name: str) -> bool:
         """Whether a node called ``name`` is in the model."""
-        return name in self._nodes
+        return name in self._index.nodes
 
     def fresh(self, hint: str) -> str:
         """A name nothing in the model has, made from ``hint``; it is taken from now on."""
-        name, i = hint, 1
-        while name in self._names:
+        name, i, taken = hint, 1, self._index.names
+        while name in taken:
             name, i = f"{hint}_{i}", i + 1
-        self._names.add(name)
+        taken.add(name)
         return name
 
     # -- building -----------------------------------------------------------------------------------
@@ -114,8 +147,7 @@ class Rewriter:
             self.graph.append(node)
         else:
             self.graph.insert_before(self._anchor, node)
-        if node.name:
-            self._nodes[node.name] = node
+        self._index.add(node)
 
     def constant(self, array: np.ndarray, name: str, *, dtype: ir.DataType | None = None) -> ir.Value:
         """Add an initializer to the graph; ``dtype`` is needed for int4, uint4 and bfloat16 only."""
@@ -161,17 +193,13 @@ class Rewriter:
     def remove(self, nodes: Iterable[ir.Node]) -> None:
         """Remove nodes nobody outside the set reads."""
         doomed = list(nodes)
-        for node in doomed:
-            if node.name:
-                self._nodes.pop(node.name, None)
+        self._index.drop(doomed)
         if doomed:
             self.graph.remove(doomed, safe=True)
 
     def forget(self, nodes: Iterable[ir.Node]) -> None:
         """Drop nodes from the index without touching the graph (they moved to a subgraph elsewhere)."""
-        for node in nodes:
-            if node.name:
-                self._nodes.pop(node.name, None)
+        self._index.drop(nodes)
 
     def require_opset(self, version: int) -> None:
         """Raise unless the model's default opset is at least ``version`` (see ``lamina.ir.opset``)."""

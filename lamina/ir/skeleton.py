@@ -6,30 +6,28 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from lamina.ir.message import message
+
 _SMALL = 1024  # bytes: shapes, axes and scales stay, because inference reads their values
 
 
-def skeleton(model: ir.Model, *, limit: int = _SMALL) -> tuple[onnx.ModelProto, list[ir.Value]]:
+def skeleton(
+    model: ir.Model, *, limit: int = _SMALL, described: bool = False
+) -> tuple[onnx.ModelProto, list[ir.Value]]:
     """Serialize ``model`` with initializers above ``limit`` bytes turned into graph inputs.
+
+    Args:
+        model: Not changed.
+        limit: Bytes.
+        described: Whether values carry the types and shapes they are known to have.
 
     Returns:
         The protobuf, and the values of ``model`` that became inputs, in input order.
     """
-    clone = model.clone()
-    moved = []
-    for name, value in tuple(clone.graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes <= limit:
-            continue
-        if tensor is not None:
-            value.shape = ir.Shape([int(d) for d in tensor.shape.numpy()])
-            value.dtype = tensor.dtype
-        del clone.graph.initializers[name]
-        value.const_value = None
-        if not value.is_graph_input():
-            clone.graph.inputs.append(value)
-        moved.append(model.graph.initializers[name])
-    return ir.to_proto(clone), moved
+    moved = [
+        v for v in model.graph.initializers.values() if v.const_value is None or v.const_value.nbytes > limit
+    ]
+    return message(model, outside=moved, described=described), moved
 
 
 def feedable(dtype: ir.DataType) -> bool:

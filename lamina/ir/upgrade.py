@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from lamina.errors import UnsupportedOperator
 from lamina.ir.examples import synthesize
+from lamina.ir.names import every_node
 from lamina.ir.opset import OLDEST, raise_opset
 
 _ADVICE = "export the model again with opset 13 or newer"
@@ -39,7 +40,7 @@ def upgrade(model: ir.Model, source: str) -> ir.Model:
 
 def _target(model: ir.Model) -> int:
     # trap: onnx's reference evaluator normalizes by the batch in the definitions of opsets 9 to 13
-    normalizes = any(n.op_type == "BatchNormalization" and n.domain == "" for n in model.graph.all_nodes())
+    normalizes = any(n.op_type == "BatchNormalization" and n.domain == "" for n in every_node(model.graph))
     return 15 if normalizes else 13
 
 

@@ -73,6 +73,7 @@ class _Verifier:
         self._defined: dict[ir.Value, int] = {}
         self._value_names: set[str] = set()
         self._node_names: set[str] = set()
+        self._fitting: set[tuple[object, ...]] = set()
 
     def run(self) -> None:
         graph = self._model.graph
@@ -122,7 +123,7 @@ class _Verifier:
                 f"initializer '{value.name}' is declared {value.shape}, its data {shape_of(tensor)}", where
             )
 
-    def _define(self, value: ir.Value, position: int, where: str) -> None:
+    def _define(self, value: ir.Value, position: int, where: str | ir.Node) -> None:
         if value in self._defined:
             self._fail(f"value '{value.name}' is defined twice", where)
         name = value.name
@@ -156,7 +157,7 @@ class _Verifier:
         for output in node.outputs:
             if output.producer() is not node:
                 self._fail(f"value '{output.name}' names another producer", label(node))
-            self._define(output, position, label(node))
+            self._define(output, position, node)
 
     def _scope(self, graph: ir.Graph) -> None:
         """Check a subgraph, then forget what it defines: nothing outside may read it."""
@@ -172,6 +173,9 @@ class _Verifier:
 
     def _operator(self, node: ir.Node) -> None:
         """Hold a node against its schema: it exists in the opset, has fitting counts and fitting types."""
+        known = self._fits_schema(node)
+        if known in self._fitting:
+            return
         version = self._opsets.get(node.domain)
         if version is None:
             self._fail(f"the model imports no opset of domain '{node.domain or 'ai.onnx'}'", label(node))
@@ -185,6 +189,13 @@ class _Verifier:
             clash = fault_of_types(*key, inputs, tuple([type_text(v) for v in node.outputs]))
             if clash is not None:
                 self._fail(f"types of {label(node)} do not fit: {clash}", label(node))
+        self._fitting.add(known)
+
+    @staticmethod
+    def _fits_schema(node: ir.Node) -> tuple[object, ...]:
+        """All that :meth:`_operator` looks at: nodes that agree in it fit or do not fit alike."""
+        inputs = tuple([None if v is None else _kind(v) for v in node.inputs])
+        return (node.op_type, node.domain, inputs, tuple([_kind(v) for v in node.outputs]))
 
     def _undefined(self, node: ir.Node, index: int, value: ir.Value, position: int) -> None:
         producer = value.producer()
@@ -199,7 +210,8 @@ class _Verifier:
             origin = f"defined by {label(producer)} at position {at}, used at {position}"
         self._fail(what, f"{label(node)}, input {index}; {origin}")
 
-    def _fail(self, what: str, where: str) -> None:
+    def _fail(self, what: str, where: str | ir.Node) -> None:
+        where = label(where) if isinstance(where, ir.Node) else where
         after = f"after {self._pass}: " if self._pass else ""
         culprit = "the pass" if self._pass else "lamina"
         raise VerificationError(
@@ -207,8 +219,16 @@ class _Verifier:
         )
 
 
+def _kind(value: ir.Value) -> object:
+    """What distinguishes the types of two values."""
+    kind = value.type
+    return kind.dtype if type(kind) is ir.TensorType else kind
+
+
 def _fits(declared: ir.Shape, tensor: ir.TensorProtocol) -> bool:
     """Whether data has the declared shape; the dims of an output may be dynamic and its data constant."""
+    if declared.dims == tensor.shape.dims:
+        return True
     dims = tensor.shape.numpy()
     pairs = zip(declared, dims, strict=False)
     return len(declared) == len(dims) and all(d == n for d, n in pairs if isinstance(d, int))

@@ -12,6 +12,8 @@ from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Effect, Fold, Rounding
 
+_SUMS = ("Add", "Sum")
+
 
 @dataclass(frozen=True)
 class ChainResidualSums(Fold):
@@ -28,6 +30,10 @@ class ChainResidualSums(Fold):
 
     effect: ClassVar[Effect] = Rounding(ulps=4)
 
+    def idle(self, model: ir.Model) -> bool:
+        """Whether no sum is read by another sum alone: joint branches are added to each other first."""
+        return not any(n.op_type in _SUMS and any(map(_is_inner, n.inputs)) for n in model.graph)
+
     def apply(self, rewriter: Rewriter) -> None:
         """Chain every group of parallel branches."""
         groups: dict[str, list[Branch]] = {}
@@ -40,7 +46,7 @@ class ChainResidualSums(Fold):
     def _chain(self, joint: ir.Node, branches: list[Branch], rewriter: Rewriter) -> None:
         bodies = [_operand(rewriter.node(b.add), b.body) for b in branches]
         inner = _entering(rewriter.node(branches[0].add), joint)
-        if joint.op_type not in ("Add", "Sum") or inner is None:
+        if joint.op_type not in _SUMS or inner is None:
             return
         inner_at = next(i for i, v in enumerate(joint.inputs) if v is inner)
         total, result = joint.inputs[1 - inner_at], joint.outputs[0]
@@ -67,6 +73,14 @@ class ChainResidualSums(Fold):
             pending.extend(inputs)
 
 
+def _is_inner(value: ir.Value | None) -> bool:
+    """Whether a value is the sum of two that are computed, and read once."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or node.op_type not in _SUMS or len(value.uses()) != 1:
+        return False
+    return sum(v is not None and v.const_value is None for v in node.inputs) > 1
+
+
 def _operand(add: ir.Node, name: str) -> ir.Value:
     return next(v for v in add.inputs if v is not None and v.name == name)
 
@@ -78,6 +92,6 @@ def _entering(add: ir.Node, joint: ir.Node) -> ir.Value | None:
         readers = [use.node for use in value.uses()]
         if readers == [joint]:
             return value
-        if len(readers) != 1 or readers[0].op_type not in ("Add", "Sum"):
+        if len(readers) != 1 or readers[0].op_type not in _SUMS:
             return None
         value = readers[0].outputs[0]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from lamina.ir.names import every_node as every_node
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Fold, Refusal
 
@@ -20,21 +21,6 @@ def is_op(node: ir.Node | None, *op_types: str) -> bool:
     return node is not None and node.op_type in op_types and node.domain in _STANDARD
 
 
-def every_node(graph: ir.Graph) -> Iterator[ir.Node]:
-    """The nodes of ``graph`` and of its subgraphs, each before the nodes inside it.
-
-    ``Graph.all_nodes`` gives the same at three times the cost, which counts where a pass does little else.
-    """
-    for node in graph:
-        yield node
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                yield from every_node(attribute.as_graph())
-            elif attribute.type == ir.AttributeType.GRAPHS:
-                for inner in attribute.as_graphs():
-                    yield from every_node(inner)
-
-
 def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     """The content of a value nobody can override, or None: initializers, and Constant nodes' tensors."""
     if value is None or value.is_graph_input():
@@ -43,7 +29,7 @@ def constant(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
     if tensor is None:
         producer = value.producer()
         attribute = producer.attributes.get("value") if is_op(producer, "Constant") and producer else None
-        tensor = None if attribute is None else attribute.as_tensor()
+        tensor = None if attribute is None else attribute.value
     return None if tensor is None else tensor.numpy()
 
 

@@ -6,15 +6,15 @@ common-subexpression table knows it. New nodes get the name of the node whose ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import onnx_ir as ir
 
-from lamina.ir.opaque import opaque_subgraphs_hidden
+from lamina.ir.opaque import STANDARD, opaque_subgraphs_hidden
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import constant, every_node
 from lamina.passes.pass_ import Fold
@@ -42,10 +42,10 @@ def is_fenced(node: ir.Node) -> bool:
     return any(not v.name for v in node.outputs)  # trap: CSE would let a left-out output stand for a used one
 
 
-def stuck_identities(model: ir.Model) -> set[ir.Node]:
+def stuck_identities(nodes: Iterable[ir.Node]) -> set[ir.Node]:
     """The Identity nodes whose removal would lose an output name that the interface or a subgraph needs."""
     stuck, named = set(), set()
-    for node in every_node(model.graph):
+    for node in nodes:
         if node.op_type != "Identity" or not node.inputs or not node.outputs[0].is_graph_output():
             continue
         source = _source(node)
@@ -74,11 +74,19 @@ def _source(node: ir.Node) -> ir.Value | None:
 
 
 @contextmanager
-def protected(model: ir.Model) -> Iterator[None]:
-    """Hide fenced nodes and the subgraphs of opaque ones from library passes."""
-    with opaque_subgraphs_hidden(model):
-        stuck = stuck_identities(model)
-        with hidden([n for n in every_node(model.graph) if n in stuck or is_fenced(n)]):
+def protected(model: ir.Model, nodes: Sequence[ir.Node] | None = None) -> Iterator[None]:
+    """Hide fenced nodes and the subgraphs of opaque ones from library passes.
+
+    Args:
+        model: What the library is about to change.
+        nodes: All of its nodes, where the caller has them at hand.
+    """
+    nodes = list(every_node(model.graph)) if nodes is None else nodes
+    opaque = any(n.domain not in STANDARD and n.attributes.data for n in nodes)
+    with opaque_subgraphs_hidden(model) if opaque else nullcontext():
+        seen = list(every_node(model.graph)) if opaque else nodes
+        stuck = stuck_identities(seen)
+        with hidden([n for n in seen if n in stuck or is_fenced(n)]):
             yield
 
 
@@ -95,11 +103,11 @@ def hidden(nodes: list[ir.Node]) -> Iterator[None]:
             node.domain = domain
 
 
-def adopt_names(model: ir.Model, owners: dict[str, str], rewriter: Rewriter) -> None:
+def adopt_names(nodes: Iterable[ir.Node], owners: dict[str, str], rewriter: Rewriter) -> None:
     """Name what a library added: a node after the node that gave its output before, else freshly."""
     known, used = set(owners.values()), set()
     newcomers: list[ir.Node] = []
-    for node in every_node(model.graph):
+    for node in nodes:
         if node.name in known and node.name not in used:
             used.add(node.name)
         else:
@@ -127,16 +135,19 @@ class LibraryFold(Fold):
         """Run the library pass behind the fence, then restore names and record what it removed."""
         model = rewriter.model
         nodes = list(every_node(model.graph))
+        before = {n.name: n.op_type for n in nodes}
         owners = {v.name: n.name for n in nodes for v in n.outputs if v.name and n.name}
-        nodes_before = {n.name: n.op_type for n in nodes}
-        weights_before = len(model.graph.initializers)
-        with protected(model):
+        weights = len(model.graph.initializers)
+        with protected(model, nodes):
             self.run(model)
-        adopt_names(model, owners, rewriter)
-        self._record(rewriter, nodes_before, weights_before)
+        after = list(every_node(model.graph))
+        adopt_names(after, owners, rewriter)
+        self._record(rewriter, before, after, weights)
 
-    def _record(self, rewriter: Rewriter, before: dict[str | None, str], weights_before: int) -> None:
-        after = {n.name: n.op_type for n in every_node(rewriter.model.graph)}
+    def _record(
+        self, rewriter: Rewriter, before: dict[str | None, str], nodes: list[ir.Node], weights_before: int
+    ) -> None:
+        after = {n.name: n.op_type for n in nodes}
         for name, op_type in before.items():
             now = after.get(name)
             if now != op_type:

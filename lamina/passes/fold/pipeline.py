@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from lamina.errors import LaminaError, VerificationError
-from lamina.ir.capture import collector_paused
+from lamina.ir.collector import collector_paused
 from lamina.ir.opset import raise_opset
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewrite, Rewriter
@@ -59,18 +59,27 @@ def fold(
     """
     always = FOLDS if only is None else tuple(canonical(n) for n in only)
     chosen = {canonical(n) for n in forms}
+    ordered = [n for n in FORMS if n in chosen] + [n for n in chosen if n not in FORMS]
+    banned = {canonical(n) for n in without}
     with collector_paused():
-        run = _Run(program, banned={canonical(n) for n in without})
-        for _ in range(_ROUNDS):
-            if not [name for name in always if run.step(name)]:
-                break
-        else:
-            run.records.append(Rewrite("fold", "model", f"stopped after {_ROUNDS} rounds of changes"))
-        ordered = [n for n in FORMS if n in chosen] + [n for n in chosen if n not in FORMS]
-        if [name for name in ordered if run.step(name)]:
-            for name in TIDY:
-                run.step(name)
+        run = _folded(program, always, ordered, banned)
     return program.with_model(run.model), tuple(run.applied), run.records
+
+
+def _folded(program: Program, always: Sequence[str], forms: Sequence[str], banned: set[str]) -> _Run:
+    """Fold, verify at the end; where that fails, fold again and verify after every pass, to know which."""
+    if not verify_all():
+        run = _Run(program, set(banned), careful=False)
+        try:
+            run.to_fixed_point(always, forms)
+            verify_structure(run.model)
+        except Exception:  # a library's bug must not stop the user: the second run names it and goes without
+            pass
+        else:
+            return run
+    run = _Run(program, set(banned))
+    run.to_fixed_point(always, forms)
+    return run
 
 
 def apply_named(program: Program, names: Sequence[str]) -> Program:
@@ -103,13 +112,18 @@ def cleanup(program: Program) -> Program:
 
 @dataclass
 class _Run:
-    """One fold in progress: the model, what was applied, and what is banned because it failed."""
+    """One fold in progress: the model, what was applied, and what is banned because it failed.
+
+    A careful one verifies after every pass, and undoes and bans the pass that fails; another leaves both to
+    its caller.
+    """
 
     program: Program
+    banned: set[str] = field(default_factory=set)
     model: ir.Model = field(init=False)
     applied: list[str] = field(default_factory=list)
     records: list[Rewrite] = field(default_factory=list)
-    banned: set[str] = field(default_factory=set)
+    careful: bool = True
     _now: Fingerprint = field(init=False)
     _settled: dict[str, int] = field(default_factory=dict)
 
@@ -117,14 +131,29 @@ class _Run:
         self.model = self.program.clone().model
         self._now = fingerprint(self.model)
 
+    def to_fixed_point(self, always: Sequence[str], forms: Sequence[str]) -> None:
+        """Run passes until none changes anything, then the forms and what tidies up after them."""
+        for _ in range(_ROUNDS):
+            if not [name for name in always if self.step(name)]:
+                break
+        else:
+            self.records.append(Rewrite("fold", "model", f"stopped after {_ROUNDS} rounds of changes"))
+        if [name for name in forms if self.step(name)]:
+            for name in TIDY:
+                self.step(name)
+
     def step(self, name: str) -> bool:
-        """Run one pass; whether it changed anything. A failure restores the model and bans the pass."""
+        """Run one pass; whether it changed anything."""
         if name in self.banned or self._is_settled(name):
             return False
         records: list[Rewrite] = []
         try:
-            self.model, now = _guarded(name, self.model, self._now, self.program, records)
+            self.model, now = _guarded(
+                name, self.model, self._now, self.program, records, verify=self.careful
+            )
         except Exception as error:  # a library's bug must not stop the user; it is on record
+            if not self.careful:
+                raise
             self._undo(name, error)
             return False
         if now == self._now:
@@ -152,9 +181,14 @@ class _Run:
 
 
 def _guarded(
-    name: str, model: ir.Model, before: Fingerprint, program: Program, records: list[Rewrite]
+    name: str,
+    model: ir.Model,
+    before: Fingerprint,
+    program: Program,
+    records: list[Rewrite],
+    verify: bool = True,
 ) -> tuple[ir.Model, Fingerprint]:
-    """Run one pass on ``model`` in place, and check structure and interface if it changed something.
+    """Run one pass on ``model`` in place, and check interface and structure if it changed something.
 
     Returns the model and its fingerprint, which was ``before``.
     """
@@ -168,7 +202,7 @@ def _guarded(
     records.extend(rewriter.records)
     _keep_interface(found.name, model, program)
     after = fingerprint(model)
-    if after != before:
+    if verify and after != before:
         verify_structure(model, found.name)
         if verify_all():
             verify_outputs(program, program.with_model(model), found.name)
@@ -186,16 +220,17 @@ def fingerprint(model: ir.Model) -> Fingerprint:
     """Numbers that differ when nodes, edges, names or types do; valid while the model lives."""
     parts = [hash((tuple(sorted(model.opset_imports.items())), tuple(model.graph.initializers)))]
     for node in every_node(model.graph):
-        label = (id(node), node.name, node.domain, node.op_type, len(node.attributes))
+        label = (id(node), node.name, node.domain, node.op_type, len(node.attributes.data))
         inputs = tuple([None if v is None else v.name for v in node.inputs])
         parts.append(hash((label, inputs, tuple([_kind(v) for v in node.outputs]))))
-    parts.append(hash(tuple(v.name for v in model.graph.outputs)))
+    parts.append(hash(tuple([v.name for v in model.graph.outputs])))
     return tuple(parts)
 
 
 def _kind(value: ir.Value) -> tuple[object, ...]:
     shape = value.shape
-    return (value.name, value.dtype, None if shape is None else tuple([str(d) for d in shape.dims]))
+    dims = None if shape is None else tuple([d if isinstance(d, int) else d.value for d in shape.dims])
+    return (value.name, value.dtype, dims)
 
 
 def _keep_interface(pass_name: str, model: ir.Model, program: Program) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 
 _SMALL = 20  # elements: what the library hands to the inference as data
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _PLAIN = (
     ir.AttributeType.INT,
     ir.AttributeType.INTS,
@@ -29,13 +30,32 @@ def remembering_pass() -> type | None:
     from onnxscript.optimizer import _constant_folding as library
 
     base = getattr(library, "FoldConstantsPass", None)
-    if base is None or not hasattr(base, "_do_inference"):
+    methods = ("_do_inference", "process_node", "_reset")
+    if base is None or not all(hasattr(base, name) for name in methods):
         return None
+    rewritten = library.registry.op_evaluators  # (domain, operator) -> what it may become
 
     class RememberingPass(base):  # type: ignore[misc, valid-type]
         def _reset(self) -> None:
             super()._reset()
             self._known: dict[Hashable, list[tuple[Any, Any]]] = {}
+
+        def process_node(self, node: ir.Node, is_function: bool) -> Any:
+            """Infer, and skip what the library does further where it cannot come to anything."""
+            if (node.domain, node.op_type) in rewritten or not self._is_computed(node):
+                return super().process_node(node, is_function)
+            self._do_inference(node)
+            return None
+
+        def _is_computed(self, node: ir.Node) -> bool:
+            """Whether an input is not constant, none stands for another value, and no graph is inside."""
+            computed = False
+            for value in node.inputs:
+                if value is not None:
+                    computed = computed or value.const_value is None
+                    if isinstance(self._state.get_sym_value(value), ir.Value):
+                        return False
+            return computed and not any(a.type in _GRAPHS for a in node.attributes.data.values())
 
         def _do_inference(self, node: ir.Node) -> None:
             key = _key(node)
@@ -59,7 +79,7 @@ def remembering_pass() -> type | None:
 def _key(node: ir.Node) -> Hashable | None:
     """All that the library's inference of ``node`` depends on; None where that is not cheap to say."""
     attributes = []
-    for attribute in node.attributes.values():
+    for attribute in node.attributes.data.values():
         if attribute.type not in _PLAIN or attribute.is_ref():
             return None
         value = attribute.value
