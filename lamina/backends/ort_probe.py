@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.backends.backend import Target
-from lamina.errors import BackendError
+from lamina.errors import BackendError, LaminaError
 
 STATIC = frozenset(
     {
@@ -62,9 +62,10 @@ def probe(level: str = "all") -> Mapping[str, Any]:
 
     Returns:
         ``device`` (CPU and the flags that matter), ``flags``, ``forms`` (option name -> operator types that
-        have kernels for it; empty ones left out), ``float16_kernels`` (operator types computed in float16 as
-        asked, not in float32 behind conversions), ``opset`` (newest default opset it loads), ``versions``,
-        ``operator_prices`` (True: single operators can be timed).
+        have kernels for it; empty ones left out), ``saturates`` (products of uint8 and int8 are summed in
+        16 bits, so that large weights overflow: x86 without VNNI), ``float16_kernels`` (operator types
+        computed in float16 as asked, not in float32 behind conversions), ``opset`` (newest default opset it
+        loads), ``versions``, ``operator_prices`` (True: single operators can be timed).
     """
     import onnxruntime as ort
 
@@ -82,6 +83,7 @@ def probe(level: str = "all") -> Mapping[str, Any]:
             "opset": _newest_opset(level),
             "versions": {"onnxruntime": ort.__version__},
             "operator_prices": True,
+            "saturates": _saturates(level),
         }
     )
 
@@ -135,6 +137,22 @@ def _keeps_float16(op: str, level: str) -> bool:
     weights = [v for v in model.graph.initializers.values() if v.shape is not None and len(v.shape) > 1]
     casts = [n for n in model.graph if n.op_type == "Cast" and n.inputs[0] in weights]
     return bool(weights) and not casts and all(v.dtype == ir.DataType.FLOAT16 for v in weights)
+
+
+def _saturates(level: str) -> bool:
+    """Whether the largest activations and 8-bit weights give another sum than they have."""
+    from lamina.backends.onnxruntime import OnnxRuntime
+
+    rows, depth = 4, 64
+    body = "a, s, z = DynamicQuantizeLinear(x) b = MatMulInteger(a, w, z, wz) y = Cast<to = 1>(b)"
+    arrays = {"w": np.full((depth, 16), 127, np.int8), "wz": np.zeros((), np.int8)}
+    model = _model((rows, depth), body, arrays)
+    try:
+        executable = OnnxRuntime().compile(model, Target("ort", "cpu", 1, {"opt": level}))
+        found = executable.run({"x": np.full((rows, depth), 255, np.float32)})["y"]
+    except LaminaError:  # without the kernel no option that needs it is offered
+        return False
+    return not np.array_equal(found, np.full_like(found, 255 * 127 * depth))
 
 
 Builder = Callable[[str], "ir.Model | None"]

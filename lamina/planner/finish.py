@@ -148,7 +148,9 @@ def affordable(
 ) -> bool:
     """Whether every cost bound holds as measured on the finished model.
 
-    A model slower than the original on some case is never affordable where latency counts.
+    A model slower than the original on some case is never affordable where latency is bounded or all there
+    is to gain. Who bounds another cost gets the fastest plan that keeps to it, even if nothing that does is
+    as fast as the original.
 
     Args:
         request: The budget.
@@ -159,7 +161,8 @@ def affordable(
     """
     budget, relative = request.budget, finalist.relative
     model = finalist.realized.program.model
-    if (request.minimize == "latency" or budget.latency is not None) and relative.slower_somewhere:
+    only_gain = request.minimize == "latency" and not budget.costs
+    if (only_gain or budget.latency is not None) and relative.slower_somewhere:
         return False
     for bound in budget.costs:
         if bound.axis == "latency":

@@ -81,7 +81,7 @@ def test_static_is_within_two_percent_and_runs_in_integers(case):
     x = normal(*shape)
     quantized = quantize_all(prog, "w8a8-static", calibrate(prog, x))
     error = relative_error(run(quantized, x), run(prog, x))
-    assert 1e-4 < error < (0.025 if case == "hardtanh" else 0.02)
+    assert 1e-4 < error < (0.03 if case == "hardtanh" else 0.02)  # seven bits a weight without VNNI
     counts = kernels(quantized)
     assert counts["QLinearConv"] == 1
     assert not FLOATS & set(counts)

@@ -41,7 +41,7 @@ class Fake(Transform):
         assert w is not None
         assert w.const_value is not None
         array = w.const_value.numpy()
-        scales = (np.abs(array).max(axis=0) / 127).astype(np.float32)
+        scales = (np.abs(array).max(axis=0) / 63).astype(np.float32)  # no sum of two products saturates
         codes = rewriter.constant(np.rint(array / scales).astype(np.int8), f"{w.name}.codes")
         scale = rewriter.constant(scales, f"{w.name}.scale")
         if option.name == "refused":

@@ -74,7 +74,8 @@ class Quantize(Transform):
         clipping: How weight ranges are chosen: ``mse`` or ``minmax``.
         block: Elements that share a scale in the block forms: a power of two, 16 to 256.
         reduce_range: Use 7 bits of int8 weights. On x86 without VNNI the uint8 x int8 product saturates a
-            16-bit sum, which is silently wrong with large weights; 7 bits cannot saturate.
+            16-bit sum, which is silently wrong with large weights; 7 bits cannot saturate. None: where the
+            target's kernels were seen to saturate; without a target, where ONNX Runtime's here do.
         dynamic_conv: Offer ``w8a8-dynamic`` for Conv (ConvInteger: 6 to 9 times slower where measured).
         carriers: Offer the operators that carry int8 between convolutions.
         minimum_reduction: Fewest products an output sums for an operator to be worth it.
@@ -84,7 +85,7 @@ class Quantize(Transform):
     ranges: str = "mse"
     clipping: Clipping = "mse"
     block: int = 32
-    reduce_range: bool = False
+    reduce_range: bool | None = None
     dynamic_conv: bool = False
     carriers: bool = True
     minimum_reduction: int = 4
@@ -129,7 +130,7 @@ class Quantize(Transform):
         for form in self.forms:
             if (site.kind, form) not in _EMITTERS or not self._offered(form, site, kernels):
                 continue
-            option = self._option(form, site, program, statistics)
+            option = self._option(form, site, program, statistics, self._weight_bits(form, target))
             if option is not None:
                 found.append(option)
         return tuple(found)
@@ -166,14 +167,24 @@ class Quantize(Transform):
             return form not in kernels.get("refused", ())
         return form in kernels.get("forms", {form: ()})
 
-    def _option(self, form: str, site: Site, program: Program, statistics: Any) -> Option | None:
+    def _weight_bits(self, form: str, target: Any) -> int:
+        """Bits of weights that meet 8-bit activations in one product."""
+        if not form.startswith("w8a8"):
+            return 8
+        reduce = self.reduce_range
+        if reduce is None:
+            kernels = _capabilities("ort:cpu" if target is None else target) or {}
+            reduce = bool(kernels.get("saturates"))
+        return 7 if reduce else 8
+
+    def _option(self, form: str, site: Site, program: Program, statistics: Any, bits: int) -> Option | None:
         if form == "w8a8-static":
-            return self._static(site, program, statistics)
+            return self._static(site, program, statistics, bits)
         if form.startswith("float16"):
             array = _weight(site, program)
             return Option(form) if array is not None and float16.fits_float16(array) else None
         if form in ("w8a8-dynamic", "stored-w8"):
-            return Option(form, self._channels(form, site, program, statistics))
+            return Option(form, self._channels(bits, site, program, statistics))
         parameters: dict[str, Any] = {
             "weight_bits": 4 if form.endswith("w4") else 8,
             "clipping": self.clipping,
@@ -185,9 +196,8 @@ class Quantize(Transform):
         block = _dividing_block(site, program, self.block)
         return None if block is None else Option(form, {**parameters, "block": block, "opset": 21})
 
-    def _channels(self, form: str, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
+    def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""
-        bits = 7 if self.reduce_range and form.startswith("w8a8") else 8
         balance = "none"
         if site.kind == "conv" and math.prod(_weight(site, program).shape[2:]) > 1:
             balance = "kernel"
@@ -195,7 +205,7 @@ class Quantize(Transform):
             balance = "row"
         return {"weight_bits": bits, "clipping": self.clipping, "balance": balance}
 
-    def _static(self, site: Site, program: Program, statistics: Any) -> Option | None:
+    def _static(self, site: Site, program: Program, statistics: Any, bits: int) -> Option | None:
         inputs = [activation_range(program, name, statistics, self.ranges) for name in site.inputs]
         if any(given is None for given in inputs):
             return None
@@ -205,7 +215,7 @@ class Quantize(Transform):
         if site.kind in CARRIERS:
             parameters: dict[str, Any] = {"inputs": inputs, "output": output}
             return None if output is None else Option("w8a8-static", parameters, "int8", "int8")
-        parameters = {"input": inputs[0], **self._channels("w8a8-static", site, program, statistics)}
+        parameters = {"input": inputs[0], **self._channels(bits, site, program, statistics)}
         if site.kind != "conv":
             return Option("w8a8-static", parameters, "int8", "float")
         written: Form = "int8"
