@@ -28,6 +28,7 @@ from lamina.passes.fold.views import (
     reshape_target,
     same_shape,
     sizes,
+    viewed_shape,
 )
 from lamina.passes.pass_ import Effect, Exact
 
@@ -85,7 +86,8 @@ class MergeViews(LocalFold):
         steps = _steps(source, middle, between)
         if steps is None:
             return None
-        shape = node.outputs[0].shape
+        result = node.outputs[0]
+        shape = viewed_shape(node) if result.is_graph_output() else result.shape
         alone = sole_consumer(middle) is not None
         if not between and same_shape(source, shape):
             return None if _is_stuck(node, source) else _Match(first, source, (), None)

@@ -88,7 +88,8 @@ def is_view(node: ir.Node | None) -> bool:
         if shape is None or indices is None or indices.size != 1 or not len(shape):
             return False
         return bool(shape[attribute(node, "axis", 0)] == 1 and indices.reshape(-1)[0] in (0, -1))
-    return True
+    # Shapes that callers may override are inferred from their defaults, which need not be what comes.
+    return all(v is None or constant(v) is not None for v in node.inputs[1:])
 
 
 def is_elementwise(node: ir.Node, value: ir.Value, ranks: tuple[int | None, ...]) -> bool:
@@ -145,3 +146,47 @@ def axis_in(old: list[int], axis: int, new: list[int]) -> int | None:
         if size == old[axis] and prod(new[:i]) == before and 0 not in new:
             return i
     return None
+
+
+def viewed_shape(node: ir.Node) -> list[Any] | None:
+    """What a view makes of its input's shape, by the operator's rules; None where that is not known.
+
+    For outputs of the model: what those declare of themselves need not be true.
+    """
+    source = node.inputs[0]
+    if source is None or source.shape is None:
+        return None
+    dims, rank = list(source.shape), len(source.shape)
+    numbers = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    if node.op_type == "Transpose":
+        return [dims[i] for i in order_of(node) or ()]
+    if node.op_type == "Flatten":
+        axis = attribute(node, "axis", 1)
+        known = sizes(source)
+        axis = axis + rank if axis < 0 else axis
+        return None if known is None else [prod(known[:axis]), prod(known[axis:])]
+    if numbers is None:
+        return None
+    if node.op_type == "Gather":
+        axis = attribute(node, "axis", 0) % rank
+        return [*dims[:axis], *numbers.shape, *dims[axis + 1 :]]
+    if node.op_type == "Reshape":
+        return _reshaped(dims, sizes(source), numbers.tolist(), bool(attribute(node, "allowzero", 0)))
+    if node.op_type == "Squeeze":
+        gone = {a % rank for a in numbers.reshape(-1).tolist()}
+        return [d for i, d in enumerate(dims) if i not in gone]
+    new = {a % (rank + numbers.size) for a in numbers.reshape(-1).tolist()}
+    left = iter(dims)
+    return [1 if i in new else next(left) for i in range(rank + numbers.size)]
+
+
+def _reshaped(
+    dims: list[Any], known: list[int] | None, target: list[int], plain_zero: bool
+) -> list[Any] | None:
+    found = [dims[i] if t == 0 and not plain_zero else t for i, t in enumerate(target)]
+    rest = [d for d in found if d != -1]
+    if -1 not in target:
+        return found
+    if known is None or not all(isinstance(d, int) and d > 0 for d in rest):
+        return [ir.SymbolicDim(None) if d == -1 else d for d in found]
+    return [prod(known) // prod(rest) if d == -1 else d for d in found]
