@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import fuzz_layouts as layouts
 import fuzz_patterns as patterns
 import fuzz_subgraphs as subgraphs
 import numpy as np
@@ -476,6 +477,12 @@ PIECES: tuple[tuple[float, Piece], ...] = (
     (3, patterns.gemm),
     (2, patterns.linear_chain),
     (2, patterns.pool),
+    (2, layouts.turned),
+    (2, layouts.squeezed),
+    (2, layouts.shuffled),
+    (2, layouts.stacked),
+    (1, layouts.cut_twice),
+    (1, layouts.biased),
     (3, subgraphs.choice),
     (1, subgraphs.loop),
     (1, subgraphs.scan),

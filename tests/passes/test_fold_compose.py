@@ -322,4 +322,4 @@ def test_everything_together_reaches_one_operator() -> None:
     before, _ = matrix_case(body, shapes)
     after, _, records = fold(before)
     assert not [r for r in records if r.why.startswith(("undone", "stopped"))]
-    assert ops(after) == {"MatMul": 1, "Add": 1}
+    assert ops(after) == {"Gemm": 1}
