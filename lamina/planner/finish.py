@@ -68,13 +68,13 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     Raises:
         InfeasibleBudget: None does; carries the nearest plans.
     """
-    goal = search.goal
-    allowed = goal.allowed_damage
-    shortlist(builder, search.ranked(), goal)
+    allowed = search.goal.allowed_damage
+    shortlist(builder, search.ranked(), search.goal)
     for _ in range(LOOKS):
-        if not look_elsewhere(builder, search):
+        if not (correct_size(request, builder, search) or look_elsewhere(builder, search)):
             break
-        shortlist(builder, search.ranked(), goal)
+        shortlist(builder, search.ranked(), search.goal)
+    goal = search.goal
     limit, failed = float("inf"), None
     for _ in range(LOOKS):
         finalist = _next(request, builder, search, limit)
@@ -96,6 +96,27 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         if not request.budget.costs:  # nothing measured faster: the model as it was given holds any drop
             return judge.score(as_given(request, builder, unchanged))
     raise infeasible(request, builder, search, failed)
+
+
+def correct_size(request: Request, builder: Builder, search: Search) -> bool:
+    """Search below the size bound by what finished files hold beyond weights; whether that was news.
+
+    Nodes, names and types of conversions are not in the predicted size: they depend on the neighbours.
+    """
+    limits = [b.limit(builder.original_size) for b in request.budget.costs if b.axis == "size"]
+    done = [f for f in builder.done.values() if f.candidate.feasible(search.goal)]
+    if not limits or not done:
+        return False
+    sizes = [serialized_size(f.realized.program.model) for f in done]
+    if min(sizes) <= min(limits):
+        return False
+    beyond = max(real - f.candidate.predicted["size"] for real, f in zip(sizes, done, strict=True))
+    bound = min(limits) - beyond
+    if bound >= search.goal.bounds["size"]:
+        return False
+    search.goal = replace(search.goal, bounds={**search.goal.bounds, "size": bound})
+    search.run()
+    return True
 
 
 def look_elsewhere(builder: Builder, search: Search) -> bool:

@@ -21,7 +21,6 @@ from lamina.planner.plan import Move
 from lamina.planner.space import Choice, Genome, Space
 
 FLAGS = "lamina_flags"
-_TYPE_BYTES = 28  # what a file says of a value besides its name: dtype, some dims, field headers
 Reader = tuple[ir.Node, int]  # a node and which of its inputs
 
 
@@ -71,7 +70,7 @@ def build_supergraph(space: Space) -> Supergraph:
 
 
 def stored_bytes(space: Space) -> list[list[int]]:
-    """Bytes each option of each choice stores: weights, and what its nodes take beyond the site's own."""
+    """Bytes of the weights each option of each choice stores, read off what it emits."""
     model = space.program.clone().model
     every = [Move(c.site, o) for c in space.choices for o in c.options]
     raise_opset(model, max(required_opset(every), space.program.opset))
@@ -84,19 +83,9 @@ def stored_bytes(space: Space) -> list[list[int]]:
             scratch = ir.Graph([], [], nodes=[], name="lamina_scratch")
             choice.transform.emit(choice.site, option, Rewriter(model, scratch, parent=rewriter), nodes)
             weights = (v.const_value for v in scratch.initializers.values())
-            text = _text_bytes(scratch, scratch.initializers.values()) - _text_bytes(nodes.values())
-            row.append(sum(w.nbytes for w in weights if w is not None) + text)
+            row.append(sum(w.nbytes for w in weights if w is not None))
         found.append(row)
     return found
-
-
-def _text_bytes(nodes: Iterable[ir.Node], weights: Iterable[ir.Value] = ()) -> int:
-    """Bytes a file takes for nodes, the types of what they give, and weights without their data."""
-    total = sum(len(v.name or "") + _TYPE_BYTES for v in weights)
-    for node in nodes:
-        total += int(ir.serde.serialize_node(node).ByteSize())
-        total += sum(len(v.name or "") + _TYPE_BYTES for v in node.outputs)
-    return total
 
 
 class _Builder:

@@ -77,16 +77,8 @@ def test_dropping_everything_removes_the_weights_and_keeps_the_interface() -> No
 
 
 def test_stored_bytes_counts_what_an_option_adds() -> None:
-    program = toy_program()
-    space = toy_space(program, Halve())
-    for i, (choice, row) in enumerate(zip(space.choices, stored_bytes(space), strict=True)):
-        for gene, stored in enumerate(row, 1):
-            genome = tuple(gene if k == i else 0 for k in range(len(space.choices)))
-            changed = apply_moves(program, space.moves(genome))
-            left = [w for w in choice.site.weights if w not in changed.graph.initializers]
-            own = sum(program.graph.initializers[w].const_value.nbytes for w in left)
-            grown = serialized_size(changed.model) - serialized_size(program.model)
-            assert 0 <= stored - own - grown <= 64
+    space = toy_space(toy_program(), Halve())
+    assert stored_bytes(space) == [[4, 4]] * 4
 
 
 def test_a_plan_survives_json_exactly() -> None:
