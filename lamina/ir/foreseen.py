@@ -37,7 +37,7 @@ def foreseen(source: str, model: Path | onnx.ModelProto | ir.Model) -> Iterator[
     except Exception as error:  # libraries below raise their own types, or none in particular
         text = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
         said = f"{type(error).__name__}: {text}"
-        if isinstance(error, MemoryError) or not _valid(model):
+        if not _own(error) or not _valid(model):
             raise CaptureError(
                 f"the model cannot be read: {said}",
                 where=source,
@@ -50,6 +50,18 @@ def foreseen(source: str, model: Path | onnx.ModelProto | ir.Model) -> Iterator[
             where=f"{_innermost(error)}, reading {source}",
             advice="this is a bug in lamina, report it with the model; LAMINA_VERIFY=all shows the traceback",
         ) from error
+
+
+def _own(error: BaseException | None) -> bool:
+    """Whether it can be lamina's fault at all: too little memory is not, nor is text in no known coding.
+
+    trap: the checker accepts names and strings that are not UTF-8.
+    """
+    while error is not None:
+        if isinstance(error, (MemoryError, UnicodeDecodeError)):
+            return False
+        error = error.__cause__
+    return True
 
 
 def _valid(model: Path | onnx.ModelProto | ir.Model) -> bool:

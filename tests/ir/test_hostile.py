@@ -573,6 +573,16 @@ def test_unforeseen_failures_on_valid_models_are_called_bugs_of_lamina(
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_text_in_no_known_coding_is_the_files_fault(tmp_path: Path) -> None:
+    model = mlp()
+    model.graph.node[0].name = "LAMINA"
+    path = tmp_path / "latin.onnx"
+    path.write_bytes(model.SerializeToString().replace(b"LAMINA", b"LAM\xefNA"))
+    onnx.checker.check_model(str(path))
+    error = _fails(path, CaptureError)
+    assert "bug in lamina" not in str(error)
+
+
 def test_bugs_of_lamina_come_out_as_they_are_where_everything_is_verified(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
