@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from lamina.errors import BudgetError, LaminaError
+from lamina.ir.quiet import quiet
 
 app = typer.Typer(
     help="A compiler for trained neural networks: model and budget in, a smaller and faster model out.",
@@ -333,7 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error is one message and an exit code, never a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(args=given)
+        with quiet():  # stderr is for the one error, or for progress
+            app(args=given)
     except LaminaError as error:
         if "--json" in given:
             _print_json(_plain(error))

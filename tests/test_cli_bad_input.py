@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
+from onnx_tools import proto
 from tiny import shorten_timing, tiny_data, tiny_model, write_tiny
 
 from lamina.cli import main
@@ -283,3 +286,40 @@ def test_process_prints_no_traceback(files):
     assert done.stdout == ""
     assert done.stderr.startswith("BudgetError: ")
     assert "Traceback" not in done.stderr
+
+
+def _chatty(folder: Path) -> dict[str, Path]:
+    """Files that make the libraries warn and log: stray keys of external data, a node that cannot be run."""
+    model = tiny_model()
+    onnx.save(model, folder / "stray.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    shell = onnx.load(folder / "stray.onnx", load_external_data=False)
+    for tensor in shell.graph.initializer:
+        tensor.external_data[0].key = "lncation"
+    onnx.save(shell, folder / "stray.onnx")
+
+    weights = {"w": np.ones(12, np.float32)}
+    nodes = [
+        helper.make_node("Transpose", ["w"], ["t"], perm=[1, 2, 3, 0]),
+        helper.make_node("ReduceSum", ["t"], ["s"], keepdims=0),
+        helper.make_node("Add", ["x", "s"], ["y"]),
+    ]
+    onnx.save(proto(nodes, {"x": ["n"]}, {"y": ["n"]}, weights), folder / "transpose.onnx")
+    cut = (folder / "transpose.onnx").read_bytes()
+    (folder / "cut.onnx").write_bytes(cut[: len(cut) // 2])
+    return {name: folder / f"{name}.onnx" for name in ("stray", "transpose", "cut")}
+
+
+@pytest.mark.parametrize("name", ["stray", "transpose", "cut"])
+@pytest.mark.parametrize("verb", ["fold", "compare"])
+def test_stderr_holds_one_error_and_nothing_of_the_libraries(tmp_path: Path, name: str, verb: str) -> None:
+    path = str(_chatty(tmp_path)[name])
+    given = [path, "-o", str(tmp_path / "out.onnx")] if verb == "fold" else [path, path, "--samples", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lamina.cli", verb, *given], capture_output=True, text=True, check=False
+    )
+    lines = [line for line in done.stderr.splitlines() if line and not line.startswith("  ")]
+    if done.returncode == 0:
+        assert not lines
+    else:
+        assert len(lines) == 1
+        assert re.match(r"[A-Z]\w+: ", lines[0])

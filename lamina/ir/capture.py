@@ -14,11 +14,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from lamina.errors import CaptureError, DataError, LaminaError
+from lamina.errors import CaptureError, DataError
 from lamina.ir import capture_onnx
 from lamina.ir.collector import collector_paused
 from lamina.ir.examples import synthesize
+from lamina.ir.foreseen import foreseen
 from lamina.ir.program import Program
+from lamina.ir.quiet import quiet
 
 
 def capture(
@@ -44,22 +46,22 @@ def capture(
     """
     if isinstance(model, Program):
         return model if example_inputs is None else _with_example(model, example_inputs)
-    with collector_paused():
+    with collector_paused(), quiet():
         return _capture(model, example_inputs, dynamic_shapes, name)
 
 
 def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any, name: str | None) -> Program:
     if isinstance(model, (str, os.PathLike)):
         path = Path(os.fspath(model))
-        with _unforeseen(str(path)):
+        with foreseen(str(path), path):
             return _program(capture_onnx.from_path(path), name or str(path), example_inputs)
     if isinstance(model, onnx.ModelProto):
         source = name or model.graph.name or "<onnx.ModelProto>"
-        with _unforeseen(source):
+        with foreseen(source, model):
             return _program(capture_onnx.from_proto(model, source), source, example_inputs)
     if isinstance(model, ir.Model):
         source = name or model.graph.name or "<onnx_ir.Model>"
-        with _unforeseen(source):
+        with foreseen(source, model):
             return _program(capture_onnx.from_ir(model, source), source, example_inputs)
     if "torch" in sys.modules:
         from lamina.ir.capture_torch import accepts, capture_torch
@@ -71,23 +73,6 @@ def _capture(model: Any, example_inputs: Any, dynamic_shapes: Any, name: str | N
         advice="give an .onnx path, an onnx.ModelProto, an onnx_ir.Model, a torch.nn.Module with "
         "example_inputs, or a torch.export.ExportedProgram",
     )
-
-
-@contextlib.contextmanager
-def _unforeseen(source: str) -> Iterator[None]:
-    """The last net under files that are broken in ways no check names; a user never gets a bare traceback."""
-    try:
-        yield
-    except LaminaError:
-        raise
-    except Exception as error:  # libraries below raise their own types, or none in particular
-        text = str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
-        raise CaptureError(
-            f"the model cannot be read: {type(error).__name__}: {text}",
-            where=source,
-            advice="it is damaged or not valid ONNX: check it with onnx.checker and export it again; report "
-            "it to lamina if the checker accepts it",
-        ) from error
 
 
 def _program(model: ir.Model, source: str, example_inputs: Any) -> Program:

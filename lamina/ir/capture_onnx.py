@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -61,8 +58,7 @@ def from_ir(model: ir.Model, source: str) -> ir.Model:
     try:
         copy = model.clone()
     except Exception:  # clone needs sorted nodes and raises nested RuntimeErrors without
-        with _quiet():
-            copy = ir.from_proto(ir.to_proto(model))
+        copy = ir.from_proto(ir.to_proto(model))
     return _finish(copy, source, ExternalFiles(None))
 
 
@@ -117,8 +113,7 @@ def _check_shell(proto: onnx.ModelProto, source: str) -> None:
 
 def _from_proto(proto: onnx.ModelProto, source: str, files: ExternalFiles) -> ir.Model:
     try:
-        with _quiet():
-            model = ir.from_proto(proto)
+        model = ir.from_proto(proto)
     except Exception as error:  # the reader wraps whatever went wrong, level by level
         if "Sparse tensors are not supported" in _root(error):
             raise UnsupportedOperator(
@@ -144,15 +139,3 @@ def _root(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the reader's warnings to itself: what they warn of is raised as an error later."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from lamina.errors import DataError
 from lamina.ir.capture import capture
+from lamina.ir.inference import infer_shapes
 from lamina.ir.program import Program
 
 Shapes = Mapping[str, int | Sequence[int | None]]
@@ -40,9 +41,7 @@ def fix_shapes(program: Program, shapes: Shapes) -> Program:
     for value in _values(model.graph):
         if value.shape is not None:
             value.shape = ir.Shape([_fixed(d, sizes) for d in value.shape.dims])
-    from onnx_ir.passes.common import ShapeInferencePass
-
-    ShapeInferencePass()(model)
+    infer_shapes(model)
     example = None if program.example_is_synthetic else program.example
     return capture(model, name=program.source, example_inputs=example)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_tools import mlp, proto, run
@@ -179,12 +181,15 @@ import onnxruntime
 import lamina.passes.fold
 from lamina.errors import LaminaError
 from lamina.ir import io
+from lamina.ir.fix_shapes import fix_shapes
 size = next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmSize:")) * 1024
 limit = size + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 started = time.monotonic()
 try:
     program = io.load(sys.argv[1])
+    if len(sys.argv) > 3:
+        program = fix_shapes(program, json.loads(sys.argv[3]))
     folded, _, _ = lamina.passes.fold.fold(program)
     io.save_model(folded.model, sys.argv[1] + ".out")
     outcome = ["saved", "", ""]
@@ -195,9 +200,10 @@ print(json.dumps([outcome, time.monotonic() - started, peak]))
 """
 
 
-def _in_child(path: Path) -> tuple[list[str], float, int]:
+def _in_child(path: Path, shapes: Mapping[str, object] | None = None) -> tuple[list[str], float, int]:
     """What came of a file in a process with little memory and time: outcome, seconds, peak bytes."""
     command = [sys.executable, "-c", _CHILD, str(path), str(MEMORY)]
+    command += [] if shapes is None else [json.dumps(shapes)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 10, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     outcome, seconds, peak = json.loads(done.stdout.splitlines()[-1])
@@ -214,6 +220,33 @@ def test_bombs_cost_little_and_are_refused_or_kept(tmp_path: Path, name: str) ->
     assert peak < 2 << 30
     assert kind == "saved" or (what and advice)
     assert not what.startswith("the model cannot be read"), what
+
+
+def _sized_by_an_input(op_type: str) -> onnx.ModelProto:
+    """As many elements as the input has, times 2 to the 38: nobody knows before the dim ``n`` is given."""
+    reads = {"Range": ["zero", "many", "one"], "ConstantOfShape": ["count"], "Expand": ["one", "count"]}
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Mul", ["shape", "huge"], ["count"]),
+        helper.make_node("Squeeze", ["count"], ["many"]),
+        helper.make_node(op_type, reads[op_type], ["r"]),
+        helper.make_node("Cast", ["r"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceSum", ["f"], ["s"], keepdims=0),
+        helper.make_node("Add", ["x", "s"], ["y"]),
+    ]
+    weights = {"huge": np.array([2**38]), "zero": np.array(0), "one": np.array(1)}
+    return proto(nodes, {"x": ["n"]}, {"y": ["n"]}, weights)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is bounded through /proc")
+@pytest.mark.parametrize("op_type", ["Range", "ConstantOfShape", "Expand"])
+def test_shapes_that_set_off_a_bomb_cost_little(tmp_path: Path, op_type: str) -> None:
+    path = tmp_path / "bomb.onnx"
+    path.write_bytes(_sized_by_an_input(op_type).SerializeToString())
+    (kind, what, advice), seconds, peak = _in_child(path, {"n": 4})
+    assert seconds < SECONDS
+    assert peak < 2 << 30
+    assert kind == "saved" or (what and advice)
 
 
 def _nested_bytes(depth: int) -> bytes:
@@ -503,12 +536,57 @@ def test_bytes_that_are_no_text_in_names() -> None:
     assert caught.value.advice
 
 
-def test_unforeseen_failures_come_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+def _break_reading(monkeypatch: pytest.MonkeyPatch) -> None:
     from lamina.ir import capture_onnx
 
     def broken(*_: object) -> None:
         raise ZeroDivisionError("by nought\nand more")
 
     monkeypatch.setattr(capture_onnx, "normalize", broken)
-    error = _fails(mlp(), CaptureError, "the model cannot be read: ZeroDivisionError: by nought")
+
+
+def test_unforeseen_failures_of_invalid_models_come_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    _break_reading(monkeypatch)
+    model = mlp()
+    model.graph.node[0].op_type = "NoSuchOperator"
+    error = _fails(model, CaptureError, "the model cannot be read: ZeroDivisionError: by nought")
     assert "and more" not in str(error)
+    assert "onnx.checker" in str(error.advice)
+    assert isinstance(error.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("kind", ["path", "proto", "ir"])
+def test_unforeseen_failures_on_valid_models_are_called_bugs_of_lamina(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    monkeypatch.delenv("LAMINA_VERIFY", raising=False)
+    _break_reading(monkeypatch)
+    path = tmp_path / "model.onnx"
+    onnx.save(mlp(), path)
+    model = {"path": path, "proto": mlp(), "ir": ir.from_proto(mlp())}[kind]
+    with pytest.raises(CaptureError) as caught:
+        capture(model)
+    said = "lamina failed to read a model that onnx.checker accepts: ZeroDivisionError: by nought"
+    assert caught.value.what == said
+    assert re.match(r"lamina/ir/capture_onnx\.py:\d+ in _finish, reading ", caught.value.where or "")
+    assert "this is a bug in lamina, report it" in (caught.value.advice or "")
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_text_in_no_known_coding_is_the_files_fault(tmp_path: Path) -> None:
+    model = mlp()
+    model.graph.node[0].name = "LAMINA"
+    path = tmp_path / "latin.onnx"
+    path.write_bytes(model.SerializeToString().replace(b"LAMINA", b"LAM\xefNA"))
+    onnx.checker.check_model(str(path))
+    error = _fails(path, CaptureError)
+    assert "bug in lamina" not in str(error)
+
+
+def test_bugs_of_lamina_come_out_as_they_are_where_everything_is_verified(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LAMINA_VERIFY", "all")
+    _break_reading(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        capture(mlp())
