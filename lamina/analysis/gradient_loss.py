@@ -77,8 +77,17 @@ class Loss:
         return self._cross_entropy(logs, batch)
 
     def _cross_entropy(self, logs: Tensor, batch: Dataset) -> Tensor:
+        logs, labels, counted = self._targets(logs, batch)
+        return _mean_over_positions(-_picked(logs, torch.where(counted, labels, 0)), counted, batch)
+
+    def _targets(self, logs: Tensor, batch: Dataset) -> tuple[Tensor, Tensor, Tensor]:
+        """Predictions that have a label, their labels, and which of them count."""
         labels = torch.from_numpy(self._labels(batch)).to(logs.device)
+        where = f"loss '{self.name}'"
+        misfit = f"labels of shape {list(labels.shape)} do not go with predictions {list(logs.shape)}"
         if logs.ndim == 3:
+            if labels.shape != logs.shape[:2]:
+                raise DataError(misfit, where=where, advice="give one class number a position")
             mask = token_mask(batch, tuple(logs.shape))
             if mask is not None:
                 labels = torch.where(torch.from_numpy(mask).to(logs.device) != 0, labels, IGNORED_LABEL)
@@ -86,16 +95,13 @@ class Loss:
         axis = class_axis(logs.ndim) % logs.ndim
         shape = [d for i, d in enumerate(logs.shape) if i != axis]
         if labels.numel() != math.prod(shape):
-            what = f"labels of shape {list(labels.shape)} do not go with predictions {list(logs.shape)}"
-            raise DataError(what, where=f"loss '{self.name}'", advice="give one class number a prediction")
+            raise DataError(misfit, where=where, advice="give one class number a prediction")
         labels = labels.reshape(shape)
         counted = labels != IGNORED_LABEL
         if bool((counted & ((labels < 0) | (labels >= logs.shape[axis]))).any()):
             what = f"a label is none of the model's {logs.shape[axis]} classes"
-            raise DataError(
-                what, where=f"loss '{self.name}'", advice="count classes from 0; mark ignored -100"
-            )
-        return _mean_over_positions(-_picked(logs, torch.where(counted, labels, 0)), counted, batch)
+            raise DataError(what, where=where, advice="count classes from 0; mark ignored ones -100")
+        return logs, labels, counted
 
     def _labels(self, batch: Dataset) -> np.ndarray:
         if self.name == "next-token":
@@ -105,6 +111,39 @@ class Loss:
             what = f"loss '{self.name}' needs integer labels"
             raise DataError(what, where="the data", advice="add an array 'labels', or ask for loss='kl'")
         return np.asarray(labels, np.int64)
+
+    def probe(self, outputs: tuple[Tensor, ...], batch: Dataset, generator: torch.Generator) -> Tensor:
+        """A scalar whose gradient g has ``E g g'`` equal to the loss's Gauss-Newton matrix.
+
+        For class scores that matrix is ``E_c p_c (d log p_c)(d log p_c)'``, so each log-probability gets a
+        random sign and the root of its probability; for ``mse`` it is ``J'J``, so each output gets a sign.
+        Labels do not enter, but which positions count does.
+
+        Raises:
+            DataError: The loss is the user's own: what its Gauss-Newton matrix is cannot be told.
+        """
+        if self.function is not None:
+            what = "a loss of one's own has no Gauss-Newton matrix lamina knows"
+            raise DataError(what, advice="ask for curvature='hessian'")
+        values = _answer(outputs[self.output])
+        root = torch.ones_like(values)
+        if self.name == "mse":
+            counted = _mask(batch, values, values.shape[: 2 if values.ndim == 3 else 1])
+            weight = _position_weights(counted, batch).reshape(
+                *counted.shape, *[1] * (values.ndim - counted.ndim)
+            )
+        else:
+            values = _log_probabilities(values)
+            axis = class_axis(values.ndim)
+            if self.name == "kl":
+                counted = _mask(batch, values, values.select(axis, 0).shape)
+            else:
+                values, _, counted = self._targets(values, batch)
+            root = (values.detach() / 2).exp()
+            weight = _position_weights(counted, batch).unsqueeze(axis)
+        signs = torch.randint(0, 2, values.shape, generator=generator) * 2 - 1
+        factor = root * weight.to(root.dtype).sqrt() * signs.to(device=root.device, dtype=root.dtype)
+        return (values * factor).sum()
 
     def draw(self, outputs: tuple[Tensor, ...], generator: torch.Generator) -> Tensor | None:
         """A target drawn from the model's own prediction: classes, or the answer plus unit noise.
@@ -204,3 +243,9 @@ def _mask(batch: Dataset, answer: Tensor, shape: Any) -> Tensor:
 def _mean_over_positions(each: Tensor, counted: Tensor, batch: Dataset) -> Tensor:
     rows = (each * counted).reshape(batch.samples, -1).sum(1)
     return rows / counted.reshape(batch.samples, -1).sum(1).clamp(min=1)
+
+
+def _position_weights(counted: Tensor, batch: Dataset) -> Tensor:
+    """What each position weighs in the mean over samples of the mean over a sample's positions."""
+    rows = counted.reshape(batch.samples, -1).double()
+    return (rows / rows.sum(1, keepdim=True).clamp(min=1) / batch.samples).reshape(counted.shape)

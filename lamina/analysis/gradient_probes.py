@@ -60,34 +60,57 @@ class Differentiable:
         }
 
 
-def hessian_traces(
-    model: Differentiable, dataset: Dataset, loss: Loss, draws: int, seed: int
+def traces(
+    model: Differentiable, dataset: Dataset, loss: Loss, draws: int, seed: int, curvature: str
 ) -> Mapping[str, Estimate]:
-    """Trace of each weight's diagonal block of the loss Hessian, by Hutchinson's estimator.
+    """Trace of each weight's diagonal block of the loss Hessian or of its Gauss-Newton part, by Hutchinson.
 
-    ``tr(H_l) = E v_l' (H v)_l`` for v of independent +-1: one v over all weights serves every block,
-    because what couples different blocks has mean zero. An observation is the mean over the draws of one
-    batch, so the standard error holds the spread over the data and over the draws; with a single batch it is
-    one draw, and the error that of the draws alone.
+    ``hessian``: ``tr(H_l) = E v_l' (H v)_l`` for v of independent +-1. One v over all weights serves every
+    block, because what couples different blocks has mean zero; with many layers that coupling is most of the
+    noise, and an estimate can be negative. ``draws`` double backward passes a batch.
 
-    Cost: ``draws`` double backward passes a batch, about six times a forward one each.
+    ``gauss-newton``: ``tr(J' F J)_l = E L2(g_l)^2`` for the gradient of :meth:`Loss.probe`, which has the
+    random signs at the outputs: no coupling between layers, never negative, one backward pass a draw.
+
+    An observation is the mean over the draws of one batch, so the standard error holds the spread over the
+    data and over the draws; with a single batch it is one draw, and the error that of the draws alone.
+
     Source: Hutchinson 1990, Comm. Stat. 19(2); Dong et al. 2020 (HAWQ-V2), arXiv:1911.03852, sec. 3.
     """
     generator = torch.Generator().manual_seed(seed)
+    draw = _hessian_draws if curvature == "hessian" else _gauss_newton_draws
     batches = {name: Running() for name in model.weights}
     single: dict[str, Running] = {}
     count = 0
     for batch in dataset.batches():
         count += 1
         single = {name: Running() for name in model.weights}
-        first = model.gradients(loss.per_sample(model.outputs(batch), batch).mean(), create_graph=True)
-        for _ in range(draws):
-            probes = {n: _signs(w, generator) for n, w in model.weights.items()}
-            for name, product in _hessian_times(model, first, probes).items():
-                single[name].add(float((product.double() * probes[name].double()).sum()))
+        for found in draw(model, batch, loss, draws, generator):
+            for name, value in found.items():
+                single[name].add(value)
         for name, r in single.items():
             batches[name].add(r.estimate().mean, batch.samples)
     return {name: r.estimate() for name, r in (batches if count > 1 else single).items()}
+
+
+def _hessian_draws(
+    model: Differentiable, batch: Dataset, loss: Loss, draws: int, generator: torch.Generator
+) -> Iterator[Mapping[str, float]]:
+    first = model.gradients(loss.per_sample(model.outputs(batch), batch).mean(), create_graph=True)
+    for _ in range(draws):
+        probes = {n: _signs(w, generator) for n, w in model.weights.items()}
+        products = _hessian_times(model, first, probes)
+        yield {n: float((p.double() * probes[n].double()).sum()) for n, p in products.items()}
+
+
+def _gauss_newton_draws(
+    model: Differentiable, batch: Dataset, loss: Loss, draws: int, generator: torch.Generator
+) -> Iterator[Mapping[str, float]]:
+    outputs = model.outputs(batch)
+    for index in range(draws):
+        scalar = loss.probe(outputs, batch, generator)
+        found = model.gradients(scalar, retain_graph=index + 1 < draws)
+        yield {n: float(g.double().square().sum()) for n, g in found.items()}
 
 
 def _hessian_times(

@@ -18,6 +18,7 @@ from lamina.ir.fx import require_torch
 from lamina.ir.program import Program
 
 GRADIENT_METRICS = ("hawq-trace", "fisher-diagonal")
+CURVATURES = ("hessian", "gauss-newton")
 SAMPLES = 64
 DRAWS = 4
 
@@ -29,7 +30,7 @@ class OperatorGradients:
     Attributes:
         operator: Its node, weight and channel axis.
         parameters: Elements of the weight.
-        trace: ``tr(H_l)``, the trace of the loss Hessian's block of this weight; None where not asked for.
+        trace: ``tr(H_l)``, the trace of this weight's block of the Hessian; None where not asked for.
         hawq: Bits -> ``hawq-trace``; its error is that of the trace.
         fisher: ``fisher-diagonal``; None where not asked for.
     """
@@ -71,6 +72,7 @@ def gradient_metrics(
     seed: int = 0,
     *,
     draws: int = DRAWS,
+    curvature: str = "hessian",
     device: str = "cpu",
     precision: Any = None,
 ) -> GradientResult:
@@ -94,15 +96,19 @@ def gradient_metrics(
         samples: At most so many samples, the first of the data.
         seed: Of the probes and of drawn targets.
         draws: Probes a batch for ``hawq-trace``.
+        curvature: ``hessian``, or ``gauss-newton`` for the part of it that is never negative: the same matrix
+            where the model's own answer is the target, and far less noise with many layers.
         device: torch device to run on.
         precision: Floating torch dtype in place of the program's own, or None.
 
     Raises:
-        DataError: Unknown metric, bits, loss or labels; or no data.
+        DataError: Unknown metric, bits, curvature, loss or labels; or no data.
         UnsupportedOperator: The program has no FX form.
         MissingTorch: torch is not installed.
     """
     _check(metrics, bits, samples, draws, dataset)
+    if curvature not in CURVATURES:
+        raise DataError(f"curvature '{curvature}' is unknown", advice=f"there are {', '.join(CURVATURES)}")
     require_torch()
     from lamina.analysis import gradient_probes as probes
     from lamina.analysis.gradient_loss import choose_loss
@@ -115,7 +121,7 @@ def gradient_metrics(
     traces: Mapping[str, Estimate] = {}
     fishers: Mapping[str, Estimate] = {}
     if "hawq-trace" in metrics:
-        traces = probes.hessian_traces(model, data, chosen, draws, seed)
+        traces = probes.traces(model, data, chosen, draws, seed, curvature)
     if "fisher-diagonal" in metrics:
         fishers = probes.fisher_diagonals(model, data, chosen, seed)
     found = tuple(

@@ -112,8 +112,9 @@ def test_hessian_times_vector_is_exact() -> None:
         torch.testing.assert_close(products[name].flatten(), want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "gauss-newton"])
 @pytest.mark.parametrize("output", ["logits", "hidden"])
-def test_without_labels_the_curvature_is_gauss_newtons(output: str) -> None:
+def test_without_labels_the_curvature_is_gauss_newtons(output: str, curvature: str) -> None:
     weights, data = _weights(), _data(labelled=False, batch_size=_SAMPLES)
     x = torch.from_numpy(data.inputs["x"]).double()
     jacobians = torch.autograd.functional.jacobian(lambda a, b: _forward(x, a, b), _double(weights))
@@ -124,8 +125,46 @@ def test_without_labels_the_curvature_is_gauss_newtons(output: str) -> None:
         middle = torch.diag_embed(chances) - chances[:, :, None] * chances[:, None]
         middle = middle if output == "logits" else torch.eye(3, dtype=torch.float64).expand(_SAMPLES, 3, 3)
         exact.append(float(torch.einsum("ncp,ncd,ndp->", j, middle, j)) / _SAMPLES)
-    result = _metrics(_classifier(weights, output), data, metrics=("hawq-trace",), draws=3000)
+    options: dict[str, Any] = {"metrics": ("hawq-trace",), "draws": 3000, "curvature": curvature}
+    result = _metrics(_classifier(weights, output), data, **options)
     assert result.loss == ("kl" if output == "logits" else "mse")
+    for found, want in zip(result.operators, exact, strict=True):
+        assert found.trace is not None
+        assert _within(found.trace, want)
+
+
+def test_gauss_newtons_part_does_not_look_at_labels_but_at_what_counts() -> None:
+    program, data = _classifier(_weights()), _data()
+    few = Dataset(data.inputs, {"labels": np.where(np.arange(_SAMPLES) < 2, -100, data.extras["labels"])}, 2)
+    options: dict[str, Any] = {"metrics": ("hawq-trace",), "curvature": "gauss-newton"}
+    own = _metrics(program, data, loss="kl", **options)
+    labelled = _metrics(program, data, **options)
+    ignoring = _metrics(program, few, **options)
+    for a, b, c in zip(own.operators, labelled.operators, ignoring.operators, strict=True):
+        assert a.trace is not None
+        assert b.trace is not None
+        assert c.trace is not None
+        assert a.trace.mean == pytest.approx(b.trace.mean, rel=1e-12)
+        assert 0 < c.trace.mean < b.trace.mean
+
+
+def test_gauss_newton_of_next_tokens_equals_the_jacobians() -> None:
+    program = _language_model()
+    tokens, mask = np.array([[1, 2, 3, 4], [4, 3, 0, 0]]), np.array([[1, 1, 1, 1], [1, 1, 0, 0]])
+    data = Dataset({"tokens": tokens, "attention_mask": mask}, {})
+    options: dict[str, Any] = {"metrics": ("hawq-trace",), "curvature": "gauss-newton", "draws": 3000}
+    result = _metrics(program, data, **options)
+    weights = [program.graph.initializers[n].const_value for n in ("table", "head")]
+    pair = tuple(torch.tensor(w.numpy()).double() for w in weights if w is not None)
+    exact = np.zeros(2)
+    for row, length in ((0, 3), (1, 1)):
+        ids = torch.from_numpy(tokens[row, :length])
+        jacobians = torch.autograd.functional.jacobian(lambda t, h, i=ids: t[i] @ h, pair)
+        chances = torch.softmax(pair[0][ids] @ pair[1], -1)
+        middle = torch.diag_embed(chances) - chances[:, :, None] * chances[:, None]
+        for k, jacobian in enumerate(jacobians):
+            j = jacobian.reshape(length, 5, -1)
+            exact[k] += float(torch.einsum("ncp,ncd,ndp->", j, middle, j)) / length / 2
     for found, want in zip(result.operators, exact, strict=True):
         assert found.trace is not None
         assert _within(found.trace, want)
@@ -329,6 +368,8 @@ def test_running_mean_and_error_are_those_of_all_observations() -> None:
         ({"bits": (1,)}, "1 is no bit width"),
         ({"loss": "hinge"}, "loss 'hinge' is unknown"),
         ({"samples": 0}, "0 are wanted"),
+        ({"curvature": "square"}, "curvature 'square' is unknown"),
+        ({"loss": lambda o, b: o[0].sum(-1), "curvature": "gauss-newton"}, "no Gauss-Newton matrix"),
         ({"loss": "next-token"}, "needs one integer input"),
     ],
 )
