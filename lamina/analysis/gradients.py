@@ -50,6 +50,7 @@ class GradientResult:
         operators: In graph order; an operator of two weights has two entries. Operators that share a weight
             have the same numbers: derivatives by a shared weight cannot be told apart.
         loss: Name of the loss that was differentiated.
+        curvature: One of :data:`CURVATURES`.
         samples: Samples used.
         draws: Random probes a batch.
         seconds: What it took.
@@ -57,6 +58,7 @@ class GradientResult:
 
     operators: tuple[OperatorGradients, ...]
     loss: str
+    curvature: str
     samples: int
     draws: int
     seconds: float
@@ -72,7 +74,7 @@ def gradient_metrics(
     seed: int = 0,
     *,
     draws: int = DRAWS,
-    curvature: str = "hessian",
+    curvature: str | None = None,
     device: str = "cpu",
     precision: Any = None,
 ) -> GradientResult:
@@ -81,7 +83,8 @@ def gradient_metrics(
     ``hawq-trace``: ``s_{l,b} = (tr(H_l) / n_l) L2(Q_b(W_l) - W_l)^2``, H_l the Hessian of the mean loss by
     the weight, n_l its elements, Q_b symmetric rounding with a scale a channel; >= 0 at a minimum (a trace
     can be negative where the loss is not convex); higher = more important: it wants more bits. Source: Dong
-    et al. 2020 (HAWQ-V2), arXiv:1911.03852. Deviates: one probe vector over all layers.
+    et al. 2020 (HAWQ-V2), arXiv:1911.03852. Deviates: H is its Gauss-Newton
+    part by default; one probe over all layers.
 
     ``fisher-diagonal``: mean over samples and elements of the squared gradient of the log-likelihood; >= 0;
     higher = more important. Source: Lodha et al. 2023, On Surgical Fine-tuning for Language Encoders,
@@ -97,7 +100,8 @@ def gradient_metrics(
         seed: Of the probes and of drawn targets.
         draws: Probes a batch for ``hawq-trace``.
         curvature: ``hessian``, or ``gauss-newton`` for the part of it that is never negative: the same matrix
-            where the model's own answer is the target, and far less noise with many layers.
+            where the model's own answer is the target, and far less noise with many layers (docs/fx.md). None
+            is ``gauss-newton``, but ``hessian`` for a loss of one's own.
         device: torch device to run on.
         precision: Floating torch dtype in place of the program's own, or None.
 
@@ -107,7 +111,7 @@ def gradient_metrics(
         MissingTorch: torch is not installed.
     """
     _check(metrics, bits, samples, draws, dataset)
-    if curvature not in CURVATURES:
+    if curvature not in (None, *CURVATURES):
         raise DataError(f"curvature '{curvature}' is unknown", advice=f"there are {', '.join(CURVATURES)}")
     require_torch()
     from lamina.analysis import gradient_probes as probes
@@ -117,6 +121,7 @@ def gradient_metrics(
     data = dataset.rows(slice(0, samples))
     operators = weighted_operators(program)
     chosen = choose_loss(program, data, loss)
+    curvature = curvature or ("hessian" if chosen.function is not None else "gauss-newton")
     model = probes.Differentiable(program, [o.weight for o in operators], device, precision)
     traces: Mapping[str, Estimate] = {}
     fishers: Mapping[str, Estimate] = {}
@@ -127,7 +132,7 @@ def gradient_metrics(
     found = tuple(
         _of_operator(program, o, traces, fishers, bits) for o in operators if o.weight in model.weights
     )
-    return GradientResult(found, chosen.name, data.samples, draws, time.perf_counter() - start)
+    return GradientResult(found, chosen.name, curvature, data.samples, draws, time.perf_counter() - start)
 
 
 def _check(metrics: Sequence[str], bits: Sequence[int], samples: int, draws: int, dataset: Dataset) -> None:

@@ -69,8 +69,8 @@ def test_trace_of_cross_entropy_equals_the_full_hessians() -> None:
     weights, data = _weights(), _data(batch_size=_SAMPLES)
     x, labels = torch.from_numpy(data.inputs["x"]).double(), torch.from_numpy(data.extras["labels"])
     exact = _traces(lambda a, b: torch.nn.functional.cross_entropy(_forward(x, a, b), labels), weights)
-    result = _metrics(_classifier(weights), data, metrics=("hawq-trace",), draws=3000)
-    assert result.loss == "cross-entropy"
+    result = _metrics(_classifier(weights), data, metrics=("hawq-trace",), draws=3000, curvature="hessian")
+    assert (result.loss, result.curvature) == ("cross-entropy", "hessian")
     for found, want in zip(result.operators, exact, strict=True):
         assert found.trace is not None
         assert found.trace.count == 3000
@@ -82,7 +82,8 @@ def test_batches_average_to_the_same_trace() -> None:
     weights, data = _weights(), _data(batch_size=4)  # of 4 and 2 samples
     x, labels = torch.from_numpy(data.inputs["x"]).double(), torch.from_numpy(data.extras["labels"])
     exact = _traces(lambda a, b: torch.nn.functional.cross_entropy(_forward(x, a, b), labels), weights)
-    result = _metrics(_classifier(weights), data, metrics=("hawq-trace",), draws=3000)
+    options: dict[str, Any] = {"metrics": ("hawq-trace",), "draws": 3000, "curvature": "hessian"}
+    result = _metrics(_classifier(weights), data, **options)
     for found, want in zip(result.operators, exact, strict=True):
         assert found.trace is not None
         assert found.trace.count == 2
@@ -138,7 +139,8 @@ def test_gauss_newtons_part_does_not_look_at_labels_but_at_what_counts() -> None
     few = Dataset(data.inputs, {"labels": np.where(np.arange(_SAMPLES) < 2, -100, data.extras["labels"])}, 2)
     options: dict[str, Any] = {"metrics": ("hawq-trace",), "curvature": "gauss-newton"}
     own = _metrics(program, data, loss="kl", **options)
-    labelled = _metrics(program, data, **options)
+    labelled = _metrics(program, data, metrics=("hawq-trace",))
+    assert labelled.curvature == "gauss-newton"
     ignoring = _metrics(program, few, **options)
     for a, b, c in zip(own.operators, labelled.operators, ignoring.operators, strict=True):
         assert a.trace is not None
@@ -391,7 +393,7 @@ def test_a_loss_of_ones_own() -> None:
         return outputs[0].square().sum(-1)
 
     result = _metrics(_classifier(_weights()), _data(labelled=False), loss=absolute)
-    assert result.loss == "user"
+    assert (result.loss, result.curvature) == ("user", "hessian")
     assert all(o.trace is not None and o.fisher is not None for o in result.operators)
 
 
