@@ -12,6 +12,8 @@ from torch import Tensor
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product, batched over leading axes."""
+    if a.is_cuda and not a.dtype.is_floating_point:  # no integer product there; float64 is exact to 2**53
+        return torch.matmul(a.double(), b.double()).to(a.dtype)
     return torch.matmul(a, b)
 
 
@@ -26,7 +28,7 @@ def gemm(
     transB: int = 0,
 ) -> Tensor:
     """Alpha A B + beta C, either factor transposed."""
-    y = torch.matmul(a.T if transA else a, b.T if transB else b)
+    y = matmul(a.T if transA else a, b.T if transB else b)
     y = y if alpha == 1 else (alpha * y).to(y.dtype)
     if c is None or beta == 0:
         return y
