@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conformance"))
 from fx_cases import difference, reason
-from onnx_cases import cases
+from onnx_cases import VARIANTS, cases, variants
 
 torch = pytest.importorskip("torch", reason="the torch extra is not installed")
 
@@ -93,6 +93,23 @@ def test_every_case_answers_as_shipped() -> None:
     assert not wrong, "\n".join(wrong)
     assert covered == COVERED
     assert dict(why) == NOT_COVERED
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("LAMINA_SLOW"), reason="takes minutes: set LAMINA_SLOW=1")
+def test_every_variant_answers_as_shipped() -> None:
+    # with constants for inputs, which become parameters, buffers and literals, and with no dimension known
+    counts, wrong = Counter[str](), []
+    for case in cases():
+        for variant, form in variants(case):
+            if variant == VARIANTS[0] or reason(form):
+                continue
+            counts[variant] += 1
+            found = difference(form)
+            if found is not None:
+                wrong.append(f"{case.label} ({variant}): {found}")
+    assert not wrong, "\n".join(wrong)
+    assert counts == {"all constant": 1591, "dynamic dims": 1573, "weights constant": 1092}
 
 
 def test_the_page_states_the_pinned_numbers() -> None:
