@@ -57,7 +57,7 @@ class InstrumentedSession:
         import onnxruntime as ort
 
         model = program.model.clone()
-        _expose(model, values, program.source)
+        add_outputs(model, values, program.source)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_threads()
         options.inter_op_num_threads = 1
@@ -146,7 +146,12 @@ def fixed_batch(program: Program) -> int | None:
     return only if isinstance(only, int) and only > 0 else None
 
 
-def _expose(model: ir.Model, names: Iterable[str], source: str) -> None:
+def add_outputs(model: ir.Model, names: Iterable[str], source: str) -> None:
+    """Make values of the main graph outputs of ``model``.
+
+    Raises:
+        DataError: A name is no value of the main graph.
+    """
     graph = model.graph
     known = {v.name: v for node in graph for v in node.outputs if v.name}
     present = {v.name for v in graph.outputs}

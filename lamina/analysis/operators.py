@@ -109,12 +109,12 @@ def patches(x: np.ndarray, operator: WeightedOperator, count: int) -> np.ndarray
     image, *places = np.unravel_index(chosen, (images, *space))
     index, inside = [], np.ones((taken,) + (1,) * rank, dtype=bool)
     for axis, (size, window, stride, dilation, before) in enumerate(parts):
-        place = places[axis][:, None] * stride - before + dilation * np.arange(window)
+        spot = places[axis][:, None] * stride - before + dilation * np.arange(window)
         shape = [taken] + [window if i == axis else 1 for i in range(rank)]
-        inside = inside & ((place >= 0) & (place < size)).reshape(shape)
-        index.append(np.clip(place, 0, size - 1).reshape(shape))
-    first = image.reshape((-1,) + (1,) * rank)
-    picked = x[(first, slice(None), *tuple(index))]  # [n, *window, c]
+        inside = inside & ((spot >= 0) & (spot < size)).reshape(shape)
+        index.append(np.clip(spot, 0, size - 1).reshape(shape))
+    place = (image.reshape((-1,) + (1,) * rank), slice(None), *index)
+    picked = x[place]  # [n, *window, c]
     picked = np.moveaxis(np.where(inside[..., None], picked, x.dtype.type(0)), -1, 1)
     return np.ascontiguousarray(picked.reshape(taken, operator.group, -1))
 
