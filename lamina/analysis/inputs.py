@@ -113,7 +113,7 @@ class InputAccumulator:
         for key, (output, layout, operator) in self._taps.items():
             array = values[output]
             if operator.kind == "conv":
-                vectors = patches(array, operator, share)
+                vectors = patches(array, operator, min(share, len(array) * view.looks.pixels))
             else:
                 vectors = array.reshape(-1, 1, layout.width)
             if key not in self._sums:

@@ -36,16 +36,17 @@ class Looks:
 
     Lengths and angles of token streams take every sample. The rest would cost more than the model: a second
     moment of width d takes d^2 multiply-adds a token, as much as the operator it belongs to. It is drawn from
-    one batch of four, at most eight.
+    one batch of eight, at most eight in all.
 
     Attributes:
         tokens: Tokens kept at every depth.
         inputs: Input vectors of each weighted operator that enter its second moments.
-        patched: Samples that the windows of convolutions are taken from.
+        patched: Samples that the windows of convolutions are taken from; they leave the runtime whole.
+        patched_of: At most one sample of so many is.
         kept: Input vectors of each operator kept whole (for errors of activation quantizers).
         samples: Whole samples for spectra and attention maps.
         images: Samples at which convolutional branches are looked at.
-        pixels: Positions of an image that are looked at, on an even lattice.
+        pixels: Positions of an image that are looked at: an even lattice, or windows of a convolution.
         examples: Examples whose lengths are kept.
         seed: Draws the tokens.
     """
@@ -53,6 +54,7 @@ class Looks:
     tokens: int = 2048
     inputs: int = 1024
     patched: int = 16
+    patched_of: int = 16
     kept: int = 256
     samples: int = 8
     images: int = 256

@@ -11,8 +11,8 @@ import numpy as np
 from lamina.analysis.needs import Looks
 from lamina.analysis.taps import ROWS
 
-# Batches looked at: one of four, at most so many. What the others do not fetch, the runtime does not compute.
-_LOOKED_SHARE, _MOST_LOOKED = 4, 8
+# Batches looked at: one of eight, at most so many. What the others do not fetch, the runtime does not compute.
+_LOOKED_SHARE, _MOST_LOOKED = 8, 8
 
 
 def looked_at(batches: int) -> tuple[int, ...]:
@@ -64,7 +64,10 @@ class BatchView:
         """Numbers of the samples looked at as a whole: ``samples``, ``images``, or ``patched`` ones."""
         key = (which, 0)
         if key not in self._drawn:
-            share = self._share(getattr(self.looks, which))
+            amount = getattr(self.looks, which)
+            if which == "patched":
+                amount = min(amount, -(-self.batches * self.rows // self.looks.patched_of))
+            share = self._share(amount)
             self._drawn[key] = self._choose(np.arange(self.rows), share, which)
         return self._drawn[key]
 

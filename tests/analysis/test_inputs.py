@@ -17,7 +17,7 @@ from lamina.data import Dataset
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 
-ALL = Looks(inputs=10**6, kept=10**6, patched=10**6)
+ALL = Looks(inputs=10**6, kept=10**6, patched=10**6, patched_of=1, pixels=10**6)
 
 
 def _program(net: Net, output: ir.Value) -> Program:
