@@ -11,7 +11,7 @@ import numpy as np
 from lamina.analysis.needs import Looks
 from lamina.analysis.taps import ROWS
 
-# Batches looked at: one of eight, at most so many. What the others do not fetch, the runtime does not compute.
+# Batches looked at: one of eight, at most so many. What others do not fetch, the runtime does not compute.
 _LOOKED_SHARE, _MOST_LOOKED = 8, 8
 
 

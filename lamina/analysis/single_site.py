@@ -107,10 +107,9 @@ class SingleSite:
                 feeds = feeds_of(self._program, batch, where)
                 values = dict(zip(fetched, base.run(fetched, feeds, where=where), strict=True)) | feeds
                 original = {name: values[name] for name in self.wanted}
-                for array in original.values():
-                    array.flags.writeable = (
-                        False  # a metric may keep what it makes of them from one variant on
-                    )
+                for name in (n for n in self.wanted if n not in fed):
+                    # so that a metric may keep what it makes of them from one variant to the next
+                    values[name].flags.writeable = False
                 yield number, batch, original, _changed(suffixes, sessions, values, where)
             del base, sessions
 

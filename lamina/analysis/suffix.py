@@ -115,13 +115,18 @@ def _open_at(changed: Program, inputs: Mapping[str, str], makes: Mapping[str, ir
     wanted = {v.name for v in makes.values()}
     for value in [v for v in graph.outputs if v.name not in wanted]:
         graph.outputs.remove(value)
+    subgraphs = [g for g in clone.model.graphs() if g is not graph]
     fed = []
     for name, label in inputs.items():
         old = values[name]
         new = ir.Value(name=label, shape=old.shape, type=old.type)
         for use in tuple(old.uses()):
             use.node.replace_input_with(use.idx, new)
-        _replace_subgraph_outputs(graph, old, new)
+        for inner in subgraphs:
+            # a subgraph may hand out an outer value as it is; that is no use of it
+            for i, value in enumerate(inner.outputs):
+                if value is old:
+                    inner.outputs[i] = new
         fed.append(new)
     for value in list(graph.inputs):
         if value.name not in graph.initializers:
@@ -132,14 +137,3 @@ def _open_at(changed: Program, inputs: Mapping[str, str], makes: Mapping[str, ir
         if not weight.uses() and not weight.is_graph_output():
             del graph.initializers[name]
     return clone
-
-
-def _replace_subgraph_outputs(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """A subgraph may hand out an outer value as it is; that is no use of it."""
-    for node in graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.GRAPH:
-                inner = attribute.as_graph()
-                for i, value in enumerate(inner.outputs):
-                    if value is old:
-                        inner.outputs[i] = new

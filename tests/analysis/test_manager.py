@@ -162,4 +162,4 @@ def test_ten_times_the_samples_take_no_more_memory() -> None:
         return most
 
     peak(64)
-    assert peak(3200) < 1.3 * peak(320)
+    assert peak(6400) < 1.3 * peak(640)
