@@ -9,7 +9,7 @@ import numpy as np
 
 from lamina.analysis.cost import CostResult, cost
 from lamina.analysis.instrument import feeds_of
-from lamina.analysis.metrics import METRICS
+from lamina.analysis.metrics import FORWARD_METRICS
 from lamina.analysis.needs import union
 from lamina.analysis.profile import ProfileResult, profile
 from lamina.analysis.statistics import BranchProbe, Statistics, collect
@@ -76,7 +76,7 @@ def analyze(
 
     Args:
         program: Left unchanged.
-        dataset: Samples for :data:`lamina.analysis.metrics.METRICS`; without them there are none.
+        dataset: Samples for :data:`lamina.analysis.metrics.FORWARD_METRICS`; without them there are none.
         target: An ONNX Runtime target times operators with its threads; any other leaves ``latency_s`` None.
         workload: Its weightiest case gives the shapes for flops and latencies; else one sample of the data,
             else the program's example inputs.
@@ -94,7 +94,7 @@ def analyze(
     times = profile(program, feeds, threads=target.threads) if target is not None and timed else None
     statistics = Statistics(0)
     if dataset is not None:
-        statistics = collect(program, dataset, branches=_probes(found), needs=union(METRICS))
+        statistics = collect(program, dataset, branches=_probes(found), needs=union(FORWARD_METRICS))
     rated = _rated(program, statistics)
     by_name = {o.name: o for o in costs.operators}
     operators = [
@@ -195,9 +195,9 @@ def _part(
 
 
 def _rated(program: Program, statistics: Statistics) -> _Rated:
-    """All metrics by what they are about and site."""
+    """The metrics by what they are about and site."""
     found: _Rated = {}
-    for metric in METRICS:
+    for metric in FORWARD_METRICS:
         for site, value in metric.rate(program, statistics).items():
             found.setdefault((metric.about, site), {})[metric.name] = value
     return found

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from lamina.analysis.needs import Looks, Need, Needy, union
+from lamina.analysis.needs import FORWARD, Looks, Need, Needy, union
 from lamina.analysis.residual import BranchProbe
 from lamina.analysis.statistics import Statistics, collect
 from lamina.analysis.store import data_hash, load_statistics, save_statistics
@@ -68,7 +68,7 @@ class Analyses:
             BackendError: As :func:`lamina.analysis.statistics.collect`.
             OutputError: The folder cannot be written.
         """
-        needs, look = union(metrics), looks or Looks()
+        needs, look = union(metrics) & FORWARD, looks or Looks()
         named = {"data": phases} if isinstance(phases, Dataset) else phases
         found = {}
         for phase, dataset in named.items():

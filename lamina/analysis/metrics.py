@@ -1,4 +1,4 @@
-"""Every metric that forward statistics give, in one tuple: what it rates, needs and which end is which."""
+"""Every metric, in one tuple: what it rates, what it needs, and which end is which."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lamina.analysis import redundancy, sensitivity, weight_error
-from lamina.analysis.needs import Need
+from lamina.analysis.needs import FORWARD, Need
 from lamina.analysis.statistics import Statistics
 from lamina.errors import PassError
 from lamina.ir.program import Program
 
 Direction = Literal["redundant", "important", "sensitive"]
-About = Literal["branch", "depth", "operator"]
+About = Literal["branch", "depth", "operator", "pair"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Metric:
 
     Attributes:
         name: The id of METHODS.md; what reports and options call it.
-        about: What the sites are: branches, depths (named by the branch they enter, or ``end``), operators.
+        about: What the sites are: branches, depths (named by the branch they enter, or ``end``), operators,
+            pairs of sites.
         direction: What a high value says: ``redundant``, ``important`` (stay) or ``sensitive`` (keep bits).
         source: Paper the definition is from.
         needs: Statistics it reads.
@@ -173,7 +174,42 @@ METRICS: tuple[Metric, ...] = (
         _needs(Need.TOKENS),
         _of(sensitivity.lieq_diagnostics),
     ),
+    Metric(
+        "output-kl",
+        "branch",
+        "sensitive",
+        "mean KL divergence of the outputs, one site changed",
+        _needs(Need.DAMAGES),
+        _of(sensitivity.output_kl),
+    ),
+    Metric(
+        "skip-effect",
+        "branch",
+        "important",
+        "Do Language Models Use Their Depth Efficiently?, Csordas et al. 2025, arXiv:2505.13898",
+        _needs(Need.SKIPS),
+        _of(sensitivity.skip_effect),
+    ),
+    Metric(
+        "hessian-interlayer",
+        "pair",
+        "sensitive",
+        "Augmenting Hessians with Inter-Layer Dependencies, arXiv:2306.04879",
+        _needs(Need.PAIRS),
+        _of(sensitivity.hessian_interlayer),
+    ),
+    Metric(
+        "residual-norm-risk",
+        "branch",
+        "sensitive",
+        "Why Do Some Inputs Break Low-Bit LLM Quantization?, arXiv:2506.12044",
+        _needs(Need.EXAMPLES, Need.DAMAGES),
+        _of(sensitivity.residual_norm_risk),
+    ),
 )
+
+# Those that one run of the model as it is gives.
+FORWARD_METRICS = tuple(metric for metric in METRICS if metric.needs <= FORWARD)
 
 
 def get_metric(name: str) -> Metric:

@@ -19,6 +19,10 @@ class Need(Enum):
         ATTENTION: Attention maps of a few samples, reduced to their ranks.
         INPUTS: Uncentred second moments of what each weighted operator reads, float64.
         EXAMPLES: Mean vector length of each example at each depth.
+        DAMAGES: Measured damage of changing one site (:mod:`lamina.analysis.single_site`); like the two that
+            follow, no forward run of the model as it is gives it.
+        SKIPS: Effect of skipping a branch on each later depth.
+        PAIRS: Damage of changing two sites beyond the sum of theirs.
     """
 
     LENGTHS = "lengths"
@@ -28,6 +32,13 @@ class Need(Enum):
     ATTENTION = "attention"
     INPUTS = "inputs"
     EXAMPLES = "examples"
+    DAMAGES = "damages"
+    SKIPS = "skips"
+    PAIRS = "pairs"
+
+
+# What the instrumented run collects; the rest is measured on changed programs.
+FORWARD = frozenset(Need) - {Need.DAMAGES, Need.SKIPS, Need.PAIRS}
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,69 @@ def lieq_diagnostics(
     return total
 
 
+def output_kl(statistics: Statistics) -> Mapping[str, float]:
+    """``E_t KL(p_original, p_changed)`` in nats of the outputs when one site is changed.
+
+    p ``[positions, classes]``. Range 0 upwards; higher = more harm. Standard definition; the 95 % quantile
+    over samples stands beside it (:class:`lamina.analysis.single_site.Damage`). Of models without logits,
+    the divergence it was measured with.
+    """
+    return dict(statistics.damages)
+
+
+def skip_effect(statistics: Statistics) -> Mapping[str, float]:
+    """Mean over later depths m of ``E_t L2(x'_m - x_m) / L2(x_m)`` when a branch is skipped.
+
+    x_m, x'_m ``[tokens, width]``. Range 0 upwards; higher = more important. Csordas et al. 2025,
+    arXiv:2505.13898 (norm ratio derived). Each depth: ``statistics.skips``.
+    """
+    return {name: float(np.mean(list(e.values()))) for name, e in statistics.skips.items() if e}
+
+
+def hessian_interlayer(statistics: Statistics) -> Mapping[str, float]:
+    """``loss(l and m changed) - loss(l) - loss(m)`` of the pairs measured; the interaction term alone.
+
+    Any sign; higher = more sensitive together. Augmenting Hessians with inter-layer dependencies,
+    arXiv:2306.04879 (term derived). Its sum with hawq-trace orders tensors; that part needs gradients.
+    """
+    return dict(statistics.pairs)
+
+
+def residual_norm_risk(statistics: Statistics) -> Mapping[str, float]:
+    """Rank correlation over examples of ``mean_t L2(x_l)`` with the example's loss in low bits.
+
+    x_l ``[tokens, width]`` in full precision, after branch l. Range -1 to 1; far from 0 = the depth tells
+    which examples break (:func:`risky_examples`); the sign is fitted, as the abstract names none. Why do some
+    inputs break low-bit LLM quantization?, arXiv:2506.12044.
+    """
+    if not len(statistics.losses):
+        return {}
+    losses = _ranks(statistics.losses[statistics.example_rows])
+    return {name: _correlation(_ranks(v), losses) for name, v in statistics.examples.items()}
+
+
+def risky_examples(statistics: Statistics, branch: str, count: int) -> np.ndarray:
+    """Rows of the data whose length after ``branch`` predicts the greatest loss, the riskiest first."""
+    sign = np.sign(residual_norm_risk(statistics)[branch]) or 1.0
+    order = np.argsort(-sign * statistics.examples[branch], kind="stable")
+    rows: np.ndarray = statistics.example_rows[order[:count]]
+    return rows
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 0, ties at their mean."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    middle = np.cumsum(counts) - (counts + 1) / 2.0
+    found: np.ndarray = middle[inverse]
+    return found
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    product = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum()) / product if product > 0 else 0.0
+
+
 def _outputs(statistics: Statistics) -> dict[str, np.ndarray]:
     """Depth -> tokens of the depth after it."""
     names, tokens = statistics.depths.names, statistics.depths.tokens

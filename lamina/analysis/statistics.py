@@ -50,6 +50,11 @@ class Statistics:
         operators: Operator name -> its weight and how it reads.
         examples: Branch name -> float32 ``[n]``: mean L2 of its sum's vectors, of each example kept.
         example_rows: int64 ``[n]``: which rows of the data those are.
+        damages: Site -> measured damage of changing it; like ``skips`` and ``pairs`` not of :func:`collect`
+            but put in with ``dataclasses.replace`` (:mod:`lamina.analysis.single_site` measures them).
+        skips: Branch -> later depth -> effect of skipping the branch.
+        pairs: ``"a | b"`` -> damage of changing both sites less that of each.
+        losses: float64 ``[rows]``: loss of each row of the data in low bits, or of another change.
     """
 
     samples: int
@@ -62,6 +67,10 @@ class Statistics:
     operators: Mapping[str, WeightedOperator] = field(default_factory=dict)
     examples: Mapping[str, np.ndarray] = field(default_factory=dict)
     example_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    damages: Mapping[str, float] = field(default_factory=dict)
+    skips: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    pairs: Mapping[str, float] = field(default_factory=dict)
+    losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def collect(

@@ -23,7 +23,7 @@ from lamina.analysis.streaming import RangeStatistics
 from lamina.data import Dataset
 from lamina.ir.io import write_atomic
 
-_VERSION = 1
+_VERSION = 2
 _TYPES = {
     t.__name__: t
     for t in (

@@ -10,10 +10,15 @@ from residual_model import direct, residual_data, residual_program
 from test_residual import probes, sums
 
 from lamina.analysis.linear_map import fit, fit_map
-from lamina.analysis.metrics import METRICS, get_metric, rank, scores
-from lamina.analysis.needs import Need, union
+from lamina.analysis.metrics import FORWARD_METRICS, METRICS, get_metric, rank, scores
+from lamina.analysis.needs import FORWARD, Need, union
 from lamina.analysis.redundancy import angular_matrix, cka_matrix
-from lamina.analysis.sensitivity import compactness, energy_gain, lieq_diagnostics
+from lamina.analysis.sensitivity import (
+    compactness,
+    energy_gain,
+    lieq_diagnostics,
+    risky_examples,
+)
 from lamina.analysis.statistics import BranchProbe, BranchStatistics, Statistics, collect
 from lamina.data import Dataset
 from lamina.errors import DataError, PassError
@@ -67,7 +72,8 @@ def test_every_direction_ranks_the_least_change_first(metric: str) -> None:
 def test_the_registry_names_each_metric_once_with_its_needs() -> None:
     names = [m.name for m in METRICS]
     assert len(set(names)) == len(names)
-    assert union(METRICS) == frozenset(Need) - {Need.EXAMPLES}
+    assert union(METRICS) == frozenset(Need)
+    assert union(FORWARD_METRICS) == FORWARD - {Need.EXAMPLES}
     assert union([get_metric("block-influence")]) == {Need.LENGTHS}
     redundant = {m.name for m in METRICS if m.direction == "redundant"}
     assert redundant == {"branch-similarity", "void-rate", "linear-cka"}
@@ -236,3 +242,27 @@ def test_lieq_adds_normalised_terms() -> None:
     terms = [np.array(v) for v in (ranks, gains, [1.0, 3.0, 2.0])]
     expected = sum((t - t.min()) / np.ptp(t) for t in terms)
     assert list(lieq_diagnostics(statistics, damages).values()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_measured_metrics_read_what_was_measured() -> None:
+    statistics = Statistics(4, damages={"a": 0.5}, skips={"a": {"b": 0.2, "end": 0.4}}, pairs={"a | b": -0.1})
+    found = {n: scores(residual_program(), statistics, n) for n in ("output-kl", "skip-effect")}
+    assert found == {"output-kl": {"a": 0.5}, "skip-effect": {"a": pytest.approx(0.3)}}
+    assert scores(residual_program(), statistics, "hessian-interlayer") == {"a | b": -0.1}
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_residual_norm_risk_is_the_rank_correlation_with_the_losses(sign: int) -> None:
+    from scipy.stats import spearmanr
+
+    random = np.random.default_rng(4)
+    lengths = random.normal(size=20).round(1)  # with ties
+    losses = np.zeros(40)
+    losses[::2] = sign * lengths + random.normal(size=20)
+    rows = np.arange(0, 40, 2)
+    statistics = Statistics(40, examples={"a": lengths}, example_rows=rows, losses=losses)
+    risk = scores(residual_program(), statistics, "residual-norm-risk")["a"]
+    assert risk == pytest.approx(spearmanr(lengths, losses[::2]).statistic)
+    assert np.sign(risk) == sign
+    riskiest = risky_examples(statistics, "a", 3)
+    assert lengths[riskiest // 2].tolist() == pytest.approx(sorted(lengths, key=lambda v: -sign * v)[:3])
