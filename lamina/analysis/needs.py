@@ -47,7 +47,7 @@ class Looks:
 
     Lengths and angles of token streams take every sample. The rest would cost more than the model: a second
     moment of width d takes d^2 multiply-adds a token, as much as the operator it belongs to. It is drawn from
-    one batch of eight, at most eight in all.
+    one batch of eight, at most eight in all; a batch of which nothing is needed is not run.
 
     Attributes:
         tokens: Tokens kept at every depth.

@@ -115,7 +115,9 @@ def patches(x: np.ndarray, operator: WeightedOperator, count: int) -> np.ndarray
         index.append(np.clip(spot, 0, size - 1).reshape(shape))
     place = (image.reshape((-1,) + (1,) * rank), slice(None), *index)
     picked = x[place]  # [n, *window, c]
-    picked = np.moveaxis(np.where(inside[..., None], picked, x.dtype.type(0)), -1, 1)
+    if not inside.all():
+        picked = np.where(inside[..., None], picked, x.dtype.type(0))
+    picked = np.moveaxis(picked, -1, 1)
     return np.ascontiguousarray(picked.reshape(taken, operator.group, -1))
 
 

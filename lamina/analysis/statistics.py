@@ -123,14 +123,19 @@ def collect(
     tapped = program if taken is None else taken.program
     session = InstrumentedSession(tapped, wanted, threads=threads, configure=_no_spinning)
     always = list(dict.fromkeys([*wanted, *outputs, *(() if taken is None else taken.outputs)]))
-    done, total, count = 0, len(batches), _count(program, batches)
+    done, run, total, count = 0, 0, len(batches), _count(program, batches)
+    # images are looked at in some batches only; what nobody needs is not run
+    idle = taken is not None and not range_sums and not taken.outputs
     with ThreadPoolExecutor(threads) as pool:
         for number, batch in enumerate(batches.batches()):
             if number == count:
                 break
             where = f"batch {number} (rows {done} to {done + len(batch) - 1})"
-            feeds = feeds_of(program, batch, where)
             view = BatchView(len(batch), done, number, count, _mask_of(batch, mask), look)
+            if idle and not view.looked:
+                done += len(batch)
+                continue
+            feeds = feeds_of(program, batch, where)
             index = {} if taken is None else view.feeds(taken.index_inputs)
             names = always if taken is None or not view.looked else [*always, *taken.looks]
             values = dict(zip(names, session.run(names, {**feeds, **index}, where=where), strict=True))
@@ -141,10 +146,10 @@ def collect(
             if taken is not None:
                 taken.add(values, view)
             del values, feeds
-            done += len(batch)
+            done, run = done + len(batch), run + len(batch)
             if progress is not None:
                 progress(done, total)
-    found = Statistics(done) if taken is None else Statistics(done, **taken.results())
+    found = Statistics(run) if taken is None else Statistics(run, **taken.results())
     skipped = {n: t.problem or "no finite element" for n, t in range_sums.items() if not t.count}
     seen = {name: total.result() for name, total in range_sums.items() if total.count}
     return replace(found, ranges=seen, skipped={**skipped, **found.skipped})

@@ -125,3 +125,14 @@ def test_example_lengths_are_means_over_tokens_that_are_no_padding() -> None:
     few = collect(program, data, branches=probes(), needs={Need.EXAMPLES}, looks=Looks(examples=4), threads=1)
     assert len(few.example_rows) == 3  # 1, 1 and 2 of batches of 4, 4 and 1
     assert few.examples["b0"] == pytest.approx(found.examples["b0"][few.example_rows])
+
+
+def test_batches_of_which_nothing_is_needed_are_not_run() -> None:
+    random = np.random.default_rng(3)
+    images = {n: random.normal(size=(64, 3, 4, 4)).astype(np.float32) for n in ("x", "f0")}
+    program = sums(("b", 3, 4, 4))
+    options = {"branches": probes(), "threads": 1}
+    found = collect(program, Dataset(images, {}, 4), **options)  # type: ignore[arg-type]
+    assert (found.samples, found.branches["b0"].samples) == (8, 8)  # two batches of sixteen
+    whole = collect(program, Dataset(images, {}, 4), ranges=["sum0"], **options)  # type: ignore[arg-type]
+    assert (whole.samples, whole.branches["b0"]) == (64, found.branches["b0"])
