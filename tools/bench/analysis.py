@@ -1,6 +1,6 @@
 """What analyses cost, in plain runs of the model over the same data: all forward-only metrics, all drops.
 
-    python -m tools.bench.analysis [--models kwt1,minilm] [--rounds 5] [--drop-batches 8] [--out out/a.json]
+    python -m tools.bench.analysis [--models kwt1,minilm] [--rounds 5] [--drop-batches 8] [--batches N]
 
 CPU time of this process, one thread, equal batches. A plain run makes a session and runs every batch; the
 metrics make theirs, collect, and rate every site; the drops cut, make a session for each branch and run every
@@ -108,13 +108,17 @@ def cpu(run: Callable[[], None]) -> float:
     return time.process_time() - start
 
 
-def measured(names: list[str] | None, rounds: int, drop_batches: int) -> Iterator[dict[str, object]]:
+def measured(
+    names: list[str] | None, rounds: int, drop_batches: int, batches: int | None = None
+) -> Iterator[dict[str, object]]:
     cases = [replace(CASES[0], name="resnet20", model="resnet20_cifar10.onnx"), *CASES]
     for case in cases:
         if not case.path.exists() or (names and case.name not in names):
             continue
         program = capture(str(case.path))
         data = calibration(case, program)
+        if batches is not None:
+            data = data.rows(slice(0, batches * case.batch_size))
         plain(program, data.rows(slice(0, case.batch_size)))  # imports and first touches count for nobody
         all_metrics(program, data.rows(slice(0, case.batch_size)))
         whole = ratio(lambda: plain(program, data), lambda: all_metrics(program, data), rounds)  # noqa: B023
@@ -169,12 +173,12 @@ def main() -> int:
     parser.add_argument("--models", help="names, separated by commas; all by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--drop-batches", type=int, default=8)
+    parser.add_argument("--batches", type=int, help="at most so many batches of calibration data")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     rows = []
-    for row in measured(
-        options.models.split(",") if options.models else None, options.rounds, options.drop_batches
-    ):
+    names = options.models.split(",") if options.models else None
+    for row in measured(names, options.rounds, options.drop_batches, options.batches):
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     Console().print(table(rows))
