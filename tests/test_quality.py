@@ -602,3 +602,16 @@ def test_reference_figures() -> None:
     data = load_data(sets_dir / "speech_commands_kwt_2400.npz", program).rows(slice(400, 800))
     metric = get_metric("top1", program)
     assert metric.score(evaluate(run, data, metric)) == pytest.approx(0.978, abs=0.02)
+
+
+def test_kl_against_one_original_is_the_same_however_often_it_is_asked() -> None:
+    random = np.random.default_rng(5)
+    original, first, second = random.normal(size=(3, 4, 6)).astype(np.float32)
+    batch, metric = Dataset({"x": original}, {}), KlDivergence()
+    fresh = [metric.features({"logits": o}, batch, {"logits": original.copy()}) for o in (first, second)]
+    original.flags.writeable = False
+    again = [metric.features({"logits": o}, batch, {"logits": original}) for o in (first, second, first)]
+    assert [a.tolist() for a in again] == [f.tolist() for f in (*fresh, fresh[0])]
+    changed = original * 2
+    changed.flags.writeable = False
+    assert metric.features({"logits": first}, batch, {"logits": changed}).tolist() != fresh[0].tolist()

@@ -9,14 +9,16 @@ import numpy as np
 
 from lamina.analysis.cost import CostResult, cost
 from lamina.analysis.instrument import feeds_of
+from lamina.analysis.metrics import FORWARD_METRICS
+from lamina.analysis.needs import union
 from lamina.analysis.profile import ProfileResult, profile
-from lamina.analysis.redundancy import METRICS
-from lamina.analysis.residual import BranchStatistics
 from lamina.analysis.statistics import BranchProbe, Statistics, collect
 from lamina.backends.backend import Target, Workload
 from lamina.data import Dataset
 from lamina.ir.branches import Block, Branch, BranchesResult, find_branches
 from lamina.ir.program import Program
+
+_Rated = dict[tuple[str, str], dict[str, float]]
 
 
 class PartResult(TypedDict):
@@ -74,7 +76,7 @@ def analyze(
 
     Args:
         program: Left unchanged.
-        dataset: Samples for the redundancy metrics; without them there are none.
+        dataset: Samples for :data:`lamina.analysis.metrics.FORWARD_METRICS`; without them there are none.
         target: An ONNX Runtime target times operators with its threads; any other leaves ``latency_s`` None.
         workload: Its weightiest case gives the shapes for flops and latencies; else one sample of the data,
             else the program's example inputs.
@@ -91,15 +93,25 @@ def analyze(
     timed = target is not None and target.backend == "ort"
     times = profile(program, feeds, threads=target.threads) if target is not None and timed else None
     statistics = Statistics(0)
-    if dataset is not None and found.branches:
-        statistics = collect(program, dataset, branches=_probes(found))
+    if dataset is not None:
+        statistics = collect(program, dataset, branches=_probes(found), needs=union(FORWARD_METRICS))
+    rated = _rated(program, statistics)
     by_name = {o.name: o for o in costs.operators}
     operators = [
-        _part(o.name, o.kind, o.parameters, o.flops, _time(times, [o.name]), {}, []) for o in costs.operators
+        _part(
+            o.name,
+            o.kind,
+            o.parameters,
+            o.flops,
+            _time(times, [o.name]),
+            rated.get(("operator", o.name), {}),
+            [],
+        )
+        for o in costs.operators
     ]
-    branches = [_branch(b, {n: by_name[n].flops for n in b.nodes}, times, statistics) for b in found.branches]
+    branches = [_branch(b, {n: by_name[n].flops for n in b.nodes}, times, rated) for b in found.branches]
     parts = {part["name"]: part for part in branches}
-    blocks = [_block(b, [parts[n] for n in b.branches], statistics) for b in found.blocks]
+    blocks = [_block(b, [parts[n] for n in b.branches], rated) for b in found.blocks]
     totals = _totals(costs, times)
     return AnalysisResult(
         blocks=blocks,
@@ -126,7 +138,8 @@ def _probes(found: BranchesResult) -> list[BranchProbe]:
     by_name = {branch.name: probe for branch, probe in zip(found.branches, probes, strict=True)}
     for block in found.blocks:
         first, last = by_name[block.branches[0]], by_name[block.branches[-1]]
-        probes.append(BranchProbe(_block_key(block), first.skip, None, last.output, first.axis))
+        whole = BranchProbe(_block_key(block), first.skip, None, last.output, first.axis, depth=False)
+        probes.append(whole)
     return probes
 
 
@@ -135,7 +148,7 @@ def _block_key(block: Block) -> str:
 
 
 def _branch(
-    branch: Branch, flops: Mapping[str, int], times: ProfileResult | None, statistics: Statistics
+    branch: Branch, flops: Mapping[str, int], times: ProfileResult | None, rated: _Rated
 ) -> PartResult:
     return _part(
         branch.name,
@@ -143,12 +156,12 @@ def _branch(
         branch.parameters,
         sum(flops.values()),
         _time(times, branch.nodes),
-        _metrics(statistics.branches.get(branch.name)),
+        rated.get(("depth", branch.name), {}) | rated.get(("branch", branch.name), {}),
         list(branch.nodes),
     )
 
 
-def _block(block: Block, parts: list[PartResult], statistics: Statistics) -> PartResult:
+def _block(block: Block, parts: list[PartResult], rated: _Rated) -> PartResult:
     seconds = [p["latency_s"] for p in parts if p["latency_s"] is not None]
     return _part(
         block.name,
@@ -156,7 +169,7 @@ def _block(block: Block, parts: list[PartResult], statistics: Statistics) -> Par
         sum(p["parameters"] for p in parts),
         sum(p["flops"] for p in parts),
         sum(seconds) if seconds else None,
-        _metrics(statistics.branches.get(_block_key(block))),
+        rated.get(("branch", _block_key(block)), {}),
         list(block.branches),
     )
 
@@ -181,8 +194,13 @@ def _part(
     )
 
 
-def _metrics(branch: BranchStatistics | None) -> dict[str, float]:
-    return {} if branch is None else {metric.name: metric.of(branch) for metric in METRICS}
+def _rated(program: Program, statistics: Statistics) -> _Rated:
+    """The metrics by what they are about and site."""
+    found: _Rated = {}
+    for metric in FORWARD_METRICS:
+        for site, value in metric.rate(program, statistics).items():
+            found.setdefault((metric.about, site), {})[metric.name] = value
+    return found
 
 
 def _time(times: ProfileResult | None, nodes: Iterable[str]) -> float | None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
+from lamina.analysis.attention import AttentionStatistics
+from lamina.analysis.collector import Collector
+from lamina.analysis.depths import DepthStatistics
+from lamina.analysis.inputs import InputStatistics
 from lamina.analysis.instrument import (
     InstrumentedSession,
     available_threads,
@@ -15,13 +20,16 @@ from lamina.analysis.instrument import (
     fixed_batch,
     require_finite,
 )
-from lamina.analysis.residual import BranchAccumulator, BranchProbe, BranchStatistics
+from lamina.analysis.needs import Looks, Need
+from lamina.analysis.operators import WeightedOperator
+from lamina.analysis.residual import BranchProbe, BranchStatistics
+from lamina.analysis.sampling import BatchView
 from lamina.analysis.streaming import RangeAccumulator, RangeStatistics
 from lamina.data import Dataset
 from lamina.errors import DataError
 from lamina.ir.program import Program
 
-__all__ = ["BranchProbe", "BranchStatistics", "RangeStatistics", "Statistics", "collect"]
+__all__ = ["BranchProbe", "BranchStatistics", "RangeStatistics", "Statistics", "collect", "collect_phases"]
 
 DEFAULT_MASK = "attention_mask"
 
@@ -34,14 +42,35 @@ class Statistics:
         samples: Rows that were run.
         ranges: Value name -> its distribution.
         branches: Branch name -> what it does to its skip.
-        skipped: Value or branch name -> why it has no statistics: not floating, nothing finite, a skip that
-            is reshaped on its way.
+        skipped: Value, branch, depth or operator name -> why it has no statistics: not floating, nothing
+            finite, a skip that is reshaped on its way.
+        depths: The residual stream at each depth.
+        attention: Branch name -> ranks of its attention maps.
+        inputs: Operator name -> what it reads.
+        operators: Operator name -> its weight and how it reads.
+        examples: Branch name -> float32 ``[n]``: mean L2 of its sum's vectors, of each example kept.
+        example_rows: int64 ``[n]``: which rows of the data those are.
+        damages: Site -> measured damage of changing it; like ``skips`` and ``pairs`` not of :func:`collect`
+            but put in with ``dataclasses.replace`` (:mod:`lamina.analysis.single_site` measures them).
+        skips: Branch -> later depth -> effect of skipping the branch.
+        pairs: ``"a | b"`` -> damage of changing both sites less that of each.
+        losses: float64 ``[rows]``: loss of each row of the data in low bits, or of another change.
     """
 
     samples: int
     ranges: Mapping[str, RangeStatistics] = field(default_factory=dict)
     branches: Mapping[str, BranchStatistics] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    depths: DepthStatistics = field(default_factory=DepthStatistics)
+    attention: Mapping[str, AttentionStatistics] = field(default_factory=dict)
+    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
+    operators: Mapping[str, WeightedOperator] = field(default_factory=dict)
+    examples: Mapping[str, np.ndarray] = field(default_factory=dict)
+    example_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    damages: Mapping[str, float] = field(default_factory=dict)
+    skips: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    pairs: Mapping[str, float] = field(default_factory=dict)
+    losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 def collect(
@@ -50,24 +79,29 @@ def collect(
     *,
     ranges: Collection[str] = (),
     branches: Sequence[BranchProbe] = (),
+    needs: Collection[Need] = (Need.LENGTHS,),
+    looks: Looks | None = None,
     mask: str | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
     """Run the data once through an instrumented clone and reduce what flows by.
 
-    Memory is bounded by model, statistics and the values of one batch, however many samples there are. A
-    model whose inputs have a constant batch size gets batches of that size; an incomplete last one is left
-    out.
+    Reductions over vectors, and the selection of the tokens and samples that the costly statistics look at,
+    are nodes of the clone: activations stay in the runtime, but for values whose ranges are asked for.
+    Memory is bounded by model, statistics and one batch, however many samples there are. A model whose inputs
+    have a constant batch size gets batches of that size; an incomplete last one is left out.
 
     Args:
         program: Left unchanged.
         dataset: Calibration samples, in the batches it prescribes.
         ranges: Names of floating values (activations, inputs, outputs) to take ranges of.
-        branches: Residual branches to compare with their skips.
+        branches: Residual branches to compare with their skips; they also say what the depths are.
+        needs: What to collect of branches, depths and operators; the union over the metrics wanted
+            (:func:`lamina.analysis.needs.union`).
+        looks: How much of the data the costly statistics look at.
         mask: Input or extra ``[b, t]`` that is zero where a token is padding; ``attention_mask`` is found by
-            itself. Padded tokens of ``[b, t, ...]`` branch values and ``[b, t, d]`` range values are left
-            out.
+            itself. Padded tokens of values whose places are ``[b, t]`` are left out everywhere.
         threads: Threads to use; all available cores when None.
         progress: Called after each batch with rows done and rows in all.
 
@@ -79,29 +113,61 @@ def collect(
     batches = _batching(program, dataset)
     threads = threads or available_threads()
     mask = _mask_name(dataset, mask)
+    look = looks or Looks()
+    observed = frozenset(needs) if branches or Need.INPUTS in needs else frozenset()
+    first = next(iter(batches.batches()))
+    taken = Collector.of(program, first, branches, observed, look)
     range_sums = {name: RangeAccumulator() for name in dict.fromkeys(ranges)}
-    branch_sums = [BranchAccumulator(probe) for probe in branches]
     outputs = [port.name for port in program.outputs]
-    wanted = _wanted(program, range_sums, branches)
-    session = InstrumentedSession(program, wanted, threads=threads)
-    names = list(dict.fromkeys([*wanted, *outputs]))
-    done, total = 0, len(batches)
+    wanted = _wanted(program, range_sums)
+    tapped = program if taken is None else taken.program
+    session = InstrumentedSession(tapped, wanted, threads=threads, configure=_no_spinning)
+    always = list(dict.fromkeys([*wanted, *outputs, *(() if taken is None else taken.outputs)]))
+    done, run, total, count = 0, 0, len(batches), _count(program, batches)
+    # images are looked at in some batches only; what nobody needs is not run
+    idle = taken is not None and not range_sums and not taken.outputs
     with ThreadPoolExecutor(threads) as pool:
         for number, batch in enumerate(batches.batches()):
-            if len(batch) < batches.batch_size and fixed_batch(program):
+            if number == count:
                 break
             where = f"batch {number} (rows {done} to {done + len(batch) - 1})"
+            view = BatchView(len(batch), done, number, count, _mask_of(batch, mask), look)
+            if idle and not view.looked:
+                done += len(batch)
+                continue
             feeds = feeds_of(program, batch, where)
-            values = dict(zip(names, session.run(names, feeds, where=where), strict=True))
+            index = {} if taken is None else view.feeds(taken.index_inputs)
+            names = always if taken is None or not view.looked else [*always, *taken.looks]
+            values = dict(zip(names, session.run(names, {**feeds, **index}, where=where), strict=True))
             for name in outputs:
                 require_finite(f"output '{name}'", values[name], where)
             values.update({k: v for k, v in feeds.items() if k not in values})
-            _reduce(pool, values, _mask_of(batch, mask), range_sums, branch_sums)
+            _reduce(pool, values, view.mask, range_sums)
+            if taken is not None:
+                taken.add(values, view)
             del values, feeds
-            done += len(batch)
+            done, run = done + len(batch), run + len(batch)
             if progress is not None:
                 progress(done, total)
-    return _statistics(done, range_sums, branch_sums)
+    found = Statistics(run) if taken is None else Statistics(run, **taken.results())
+    skipped = {n: t.problem or "no finite element" for n, t in range_sums.items() if not t.count}
+    seen = {name: total.result() for name, total in range_sums.items() if total.count}
+    return replace(found, ranges=seen, skipped={**skipped, **found.skipped})
+
+
+def collect_phases(program: Program, phases: Mapping[str, Dataset], **options: Any) -> dict[str, Statistics]:
+    """Statistics of several data sets (prefill, decode), kept apart.
+
+    Args:
+        program: Left unchanged.
+        phases: Phase name -> its samples.
+        options: Those of :func:`collect`.
+
+    Raises:
+        DataError: As :func:`collect`.
+        BackendError: As :func:`collect`.
+    """
+    return {name: collect(program, dataset, **options) for name, dataset in phases.items()}
 
 
 def _reduce(
@@ -109,7 +175,6 @@ def _reduce(
     values: dict[str, np.ndarray],
     mask: np.ndarray | None,
     range_sums: Mapping[str, RangeAccumulator],
-    branch_sums: Sequence[BranchAccumulator],
 ) -> None:
     def take_range(name: str) -> None:
         array = values[name]
@@ -118,38 +183,28 @@ def _reduce(
         else:
             range_sums[name].add(_without_padding(array, mask))
 
-    def take_branch(total: BranchAccumulator) -> None:
-        probe = total.probe
-        body = None if probe.body is None else values[probe.body]
-        total.add(values[probe.skip], body, values[probe.output], mask)
-
     # Each accumulator is one task and sees its batches in order: results do not depend on the thread count.
     list(pool.map(take_range, range_sums))
-    list(pool.map(take_branch, branch_sums))
 
 
-def _statistics(
-    samples: int, range_sums: Mapping[str, RangeAccumulator], branch_sums: Sequence[BranchAccumulator]
-) -> Statistics:
-    skipped = {n: t.problem or "no finite element" for n, t in range_sums.items() if not t.count}
-    usable = [b for b in branch_sums if not b.problem and b.tokens]
-    skipped |= {b.probe.name: b.problem or "no token is left" for b in branch_sums if b not in usable}
-    return Statistics(
-        samples,
-        {name: total.result() for name, total in range_sums.items() if total.count},
-        {b.probe.name: b.result() for b in usable},
-        skipped,
-    )
+def _no_spinning(options: Any) -> None:
+    # Threads that spin for work would keep the cores from the reductions.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
 
-def _wanted(program: Program, ranges: Collection[str], branches: Sequence[BranchProbe]) -> list[str]:
+def _count(program: Program, batches: Dataset) -> int:
+    """Batches that will be run."""
+    size = max(1, batches.batch_size // batches.group) * batches.group
+    return len(batches) // size if fixed_batch(program) else -(-len(batches) // size)
+
+
+def _wanted(program: Program, ranges: Collection[str]) -> list[str]:
     """Values the session must return: all that is asked for except what is fed."""
     fed = {port.name for port in program.inputs}
-    names = [*ranges, *(n for b in branches for n in (b.skip, b.body, b.output) if n)]
-    for name in names:
+    for name in ranges:
         if name in program.graph.initializers:
             raise DataError(f"'{name}' is a weight, not an activation", where=program.source)
-    return [name for name in dict.fromkeys(names) if name not in fed]
+    return [name for name in dict.fromkeys(ranges) if name not in fed]
 
 
 def _batching(program: Program, dataset: Dataset) -> Dataset:

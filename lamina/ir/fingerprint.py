@@ -32,6 +32,25 @@ def fingerprint(model: ir.Model) -> str:
     return _digest(*parts).hex()[:32]
 
 
+def value_digests(models: Iterable[ir.Model]) -> list[dict[ir.Value, bytes]]:
+    """For each model: main graph's value -> a hash of all that it is computed from.
+
+    Values of two models with equal digests are equal on equal inputs. A tensor that models share is read
+    once. Linear in the models and the distinct tensors.
+    """
+    tensors: dict[int, tuple[ir.TensorProtocol, bytes]] = {}
+    found = []
+    for model in models:
+        hasher = _Hasher(dict(model.opset_imports))
+        hasher._tensors = tensors
+        graph = model.graph
+        inputs = [v for v in graph.inputs if v.name not in graph.initializers]
+        known = {v: _digest(b"input", (v.name or "").encode()) for v in inputs}
+        hasher.graph(graph, known, depth=0)
+        found.append(known)
+    return found
+
+
 def _port(value: ir.Value) -> bytes:
     shape = (
         "?"

