@@ -122,7 +122,19 @@ def _from_proto(proto: onnx.ModelProto, source: str, files: ExternalFiles) -> ir
         raise CaptureError(
             f"not a valid ONNX model: {_root(error)}", where=source, advice="export the model again"
         ) from error
+    _believe_inputs(model, proto)
     return _finish(model, source, files)
+
+
+def _believe_inputs(model: ir.Model, proto: onnx.ModelProto) -> None:
+    """Give an input that is an output as well the shape it has as an input.
+
+    trap: the reader lets the output's declaration win, which may say nothing.
+    """
+    declared = {info.name: info for info in proto.graph.input}
+    for value in model.graph.inputs:
+        if value.is_graph_output() and value.shape is None and value.name in declared:
+            value.shape = ir.serde.deserialize_type_proto_for_shape(declared[value.name].type)
 
 
 def _finish(model: ir.Model, source: str, files: ExternalFiles) -> ir.Model:

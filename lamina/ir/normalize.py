@@ -233,12 +233,22 @@ def _own_tensors(model: ir.Model, source: str, files: ExternalFiles) -> None:
                 )
             value.const_value = own(value.const_value, files, source)
             value.const_value.name = value.name
-            value.shape, value.dtype = shape_of(value.const_value), value.const_value.dtype
+            value.dtype = value.const_value.dtype
+            shape = shape_of(value.const_value)
+            if not (value.is_graph_output() and _allows(value.shape, shape)):  # what an interface says stays
+                value.shape = shape
     for node in every_node(model.graph):
         for name, attribute in tuple(node.attributes.items()):
             if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
                 tensor = own(attribute.value, files, source)
                 node.attributes[name] = ir.AttrTensor(name, tensor)
+
+
+def _allows(declared: ir.Shape | None, shape: ir.Shape) -> bool:
+    """Whether data of ``shape`` is what was declared, where that leaves dims open."""
+    if declared is None or len(declared) != len(shape):
+        return False
+    return all(not isinstance(d, int) or d == n for d, n in zip(declared, shape, strict=True))
 
 
 def _lift_constants(model: ir.Model) -> None:

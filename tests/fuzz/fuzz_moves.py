@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -85,12 +86,18 @@ def _zeroed(program: Program, site: Site) -> ir.Model | None:
     return clone.model
 
 
-def _equal(what: str, want: list[Arrays], have: list[Arrays], budget: float = 0.0) -> None:
+def _equal(
+    what: str,
+    want: list[Arrays],
+    have: list[Arrays],
+    budget: float = 0.0,
+    units: Sequence[np.dtype[Any] | None] | None = None,
+) -> None:
     for i, (expected, got) in enumerate(zip(want, have, strict=True)):
         if not all(np.isfinite(a).all() for a in expected if a.dtype.kind == "f"):
             continue  # zero times infinity is NaN: the twin says nothing
-        for a, b in zip(expected, got, strict=True):
-            reason = differs(a, b, budget)
+        for a, b, unit in zip(expected, got, units or [None] * len(expected), strict=True):
+            reason = differs(a, b, budget, unit)
             if reason:
                 raise Wrong(f"{what} on feeds {i}: {reason}")
 
@@ -137,8 +144,15 @@ def _chosen(
         return  # a step function: an ulp before it is a step behind it
     want = subject.run(applied.model, feeds, "what drops leave")
     stated = _stated(space, raised)
+    units = narrowest(applied.model)
     try:
-        _equal(f"the supergraph with {len(moves)} moves", want, kept, stated)
+        _equal(
+            f"the supergraph with {len(moves)} moves",
+            want,
+            kept,
+            stated,
+            [units[p.name] if stated else None for p in applied.outputs],
+        )
     except Wrong:
         if not stated or not _near_truth(subject, applied, feeds, want, kept, stated):
             raise

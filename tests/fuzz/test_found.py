@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from onnx_tools import proto, run
 
 from lamina.analysis.statistics import Statistics
 from lamina.ir.capture import capture
+from lamina.ir.io import load, save_model
 from lamina.ir.program import Program
 from lamina.passes.drop_branch import DropBranch
 from lamina.passes.fold import fold
@@ -161,3 +164,27 @@ def test_dims_that_inference_made_names_up_for_are_not_equal() -> None:
     assert "unk__" not in "".join(str(v.shape) for n in program.graph for v in n.outputs)
     folded, _, _ = fold(program)
     np.testing.assert_allclose(run(folded.model, FEEDS)[0], run(model, FEEDS)[0], rtol=1e-6)
+
+
+def test_an_input_that_is_an_output_keeps_the_shape_it_has_as_an_input() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["y"])]
+    model = proto(nodes, {"x": ["n", 4]}, {"y": ["n", 4], "x": ["n", 4]})
+    model.graph.output[1].type.tensor_type.ClearField("shape")
+    program = capture(model)
+    assert program.inputs[0].shape == ("n", 4)
+    assert fold(program)[0].outputs == program.outputs
+
+
+def test_a_constant_output_keeps_its_open_dims_when_saved_and_loaded(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Expand", ["one", "sizes"], ["y"]),
+        helper.make_node("Add", ["y", "x"], ["z"]),
+    ]
+    model = proto(nodes, {"x": [2, 3]}, {"y": [None, None], "z": [2, 3]})
+    for name, array in (("one", np.ones(1, np.float32)), ("sizes", np.array([2, 3], np.int64))):
+        model.graph.initializer.append(numpy_helper.from_array(array, name))
+    folded, _, _ = fold(capture(model))
+    save_model(folded.model, tmp_path / "m.onnx")
+    loaded = load(tmp_path / "m.onnx")
+    assert loaded.outputs == folded.outputs
+    assert loaded.fingerprint == folded.fingerprint

@@ -250,6 +250,8 @@ def _keep_interface(pass_name: str, model: ir.Model, program: Program) -> None:
 
 
 def _keep_port(pass_name: str, value: ir.Value, before: ir.Value) -> None:
+    if value.type is None:  # a library puts an Identity before an output and does not say what it gives
+        value.type = before.type
     if value.dtype is not None and before.dtype is not None and value.dtype != before.dtype:
         raise _broken(pass_name, f"the data type of '{value.name}'", value.dtype.name, before.dtype.name)
     if before.shape is None:
