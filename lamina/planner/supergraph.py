@@ -140,6 +140,8 @@ class _Builder:
         nodes = sorted(held, key=lambda n: self.position[n])
         readers = self._outside_readers(nodes)
         outputs = list(readers)
+        if not outputs:
+            return  # nobody reads what the choice governs, and an If without outputs is not valid
         graphs = [self._option_graph(choice, k, outputs) for k in range(len(choice.options))]
         place = ir.node("Identity", [self.flags[index][0]], name="lamina_place")
         self.model.graph.insert_after(nodes[-1], place)

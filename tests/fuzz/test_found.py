@@ -140,6 +140,21 @@ def test_a_supergraph_of_a_program_that_hands_an_input_out() -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def test_a_supergraph_of_a_program_with_an_operator_nobody_reads() -> None:
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["unread"]), helper.make_node("Relu", ["x"], ["y"])]
+    model = proto(nodes, {"x": ["n", 4]}, {"y": ["n", 4]})
+    weight = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    program = capture(model)
+    space: Space = build_space(program, [Quantize()], Statistics(0), None)  # type: ignore[arg-type]
+    assert space.choices
+    graph = build_supergraph(space)
+    genome = tuple(len(c.options) for c in space.choices)
+    for chosen in (space.nothing, genome):
+        (got,) = run(graph.model, {**FEEDS, FLAGS: graph.flags(chosen)})
+        np.testing.assert_array_equal(got, run(program.model, FEEDS)[0])
+
+
 def test_dims_that_inference_made_names_up_for_are_not_equal() -> None:
     """The first half of the last axis; nothing is known of any dim, and no two unknown ones are the same."""
     nodes = [
