@@ -203,7 +203,7 @@ def test_a_bias_too_large_for_its_scale_widens_only_that_channel():
     prog = program(build, (5, 16))
     x = normal(5, 16)
     quantized = quantize_all(prog, "w8a8-static", calibrate(prog, x))
-    assert np.abs(run(quantized, x) - run(prog, x)).max() < 0.1
+    assert np.abs(run(quantized, x) - run(prog, x)).max() < 0.2  # the weights may have seven bits
     np.testing.assert_allclose(run(quantized, x)[:, 2], bias[2], rtol=1e-5)
 
 

@@ -37,7 +37,11 @@ FOLDS: tuple[str, ...] = (
     "deduplicate_initializers",
     "merge_common_subexpressions",
     "remove_unused",
+    "drop_attention_bias",
 )
+
+# Those of FOLDS that run once, after the forms: what they remove is what a form folds something into.
+LAST: tuple[str, ...] = ("drop_attention_bias",)
 
 # Equivalent forms whose worth depends on the target: the caller prices each and keeps what is faster.
 # Order matters: fuse_attention absorbs what compose_projections and fuse_rotary leave before it.

@@ -17,6 +17,7 @@ from lamina.passes.fold.catalog import (
     CLEANUP,
     FOLDS,
     FORMS,
+    LAST,
     TIDY,
     UNAFFECTED,
     canonical,
@@ -134,13 +135,14 @@ class _Run:
     def to_fixed_point(self, always: Sequence[str], forms: Sequence[str]) -> None:
         """Run passes until none changes anything, then the forms and what tidies up after them."""
         for _ in range(_ROUNDS):
-            if not [name for name in always if self.step(name)]:
+            if not [name for name in always if name not in LAST and self.step(name)]:
                 break
         else:
             self.records.append(Rewrite("fold", "model", f"stopped after {_ROUNDS} rounds of changes"))
-        if [name for name in forms if self.step(name)]:
-            for name in TIDY:
-                self.step(name)
+        for names in (forms, [name for name in LAST if name in always]):
+            if [name for name in names if self.step(name)]:
+                for name in TIDY:
+                    self.step(name)
 
     def step(self, name: str) -> bool:
         """Run one pass; whether it changed anything."""
