@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_tools import proto, run
 
@@ -203,3 +204,31 @@ def test_a_constant_output_keeps_its_open_dims_when_saved_and_loaded(tmp_path: P
     loaded = load(tmp_path / "m.onnx")
     assert loaded.outputs == folded.outputs
     assert loaded.fingerprint == folded.fingerprint
+
+
+@pytest.mark.parametrize("fed", [False, True])
+def test_a_row_masked_by_the_lowest_float_throughout_stays_the_mean(fed: bool) -> None:
+    rng = np.random.default_rng(0)
+    mask = np.zeros((3, 3), np.float32)
+    mask[0] = mask[2, 0] = np.finfo(np.float32).min
+    nodes = [
+        helper.make_node("Transpose", ["k"], ["kt"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["q", "kt"], ["s"]),
+        helper.make_node("Add", ["s", "m"], ["a"]),
+        helper.make_node("Softmax", ["a"], ["p"]),
+        helper.make_node("MatMul", ["p", "v"], ["y"]),
+    ]
+    shape = ["n", 2, 3, 4]
+    inputs = {name: shape for name in "qkv"} | ({"m": [3, 3]} if fed else {})
+    model = proto(nodes, inputs, {"y": shape})
+    if not fed:
+        model.graph.initializer.append(numpy_helper.from_array(mask, "m"))
+    program = capture(model)
+    folded, names, _ = fold(program, forms=["fuse_attention"])
+    assert "fuse_attention" in names
+    feeds = {n: rng.standard_normal((2, 2, 3, 4)).astype(np.float32) for n in "qkv"} | (
+        {"m": mask} if fed else {}
+    )
+    np.testing.assert_allclose(
+        run(folded.model, feeds)[0], run(program.model, feeds)[0], rtol=1e-5, atol=1e-6
+    )

@@ -9,9 +9,18 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
-from lamina.passes.fold.graph import LocalFold, attribute, is_op, rank_of, scalar, sole_consumer, substitute
+from lamina.passes.fold.graph import (
+    LocalFold,
+    attribute,
+    constant,
+    is_op,
+    rank_of,
+    scalar,
+    sole_consumer,
+    substitute,
+)
 from lamina.passes.fold.heads import dimension, merged, packed, permutation, same_dim, same_dims, unrepeated
-from lamina.passes.fold.masks import is_causal
+from lamina.passes.fold.masks import is_causal, may_hold_lowest
 from lamina.passes.pass_ import Effect, Rounding
 
 
@@ -78,7 +87,8 @@ class FuseAttention(LocalFold):
         """Write the operator in place of the last product, or of what puts its heads together."""
         inputs = [match.q, match.k, match.v]
         if match.mask is not None:
-            inputs.append(_whole_mask(match, rewriter.at(match.result.producer())))
+            mask = _above_lowest(match.mask, rewriter.at(match.result.producer()))
+            inputs.append(_whole_mask(match, mask, rewriter))
         attributes: dict[str, Any] = {"scale": match.scale}
         if match.causal:
             attributes["is_causal"] = 1
@@ -193,10 +203,24 @@ def _many_heads(core: _Core) -> _Match | str:
     return _Match(core.q, k, v, mask, core.scale, core.result, None, causal, core.q)
 
 
-def _whole_mask(match: _Match, rewriter: Rewriter) -> ir.Value:
+def _above_lowest(mask: ir.Value, rewriter: Rewriter) -> ir.Value:
+    """The mask without the lowest float, which means to mask all the same.
+
+    trap: ONNX Runtime's kernel gives zeros for a row in which every key has that very float; softmax gives
+    the mean of the values.
+    """
+    if not may_hold_lowest(mask):
+        return mask
+    array = constant(mask)
+    least = np.array(np.finfo(np.float32).min / 2, np.float32)
+    if array is not None:
+        return rewriter.constant(np.maximum(array, least), f"{mask.name}_above_lowest")
+    floor = rewriter.constant(least, "lamina_mask_floor")
+    return rewriter.op("Max", [mask, floor], dtype=mask.dtype, shape=mask.shape)
+
+
+def _whole_mask(match: _Match, mask: ir.Value, rewriter: Rewriter) -> ir.Value:
     """The mask with all of t: ONNX Runtime does not broadcast that dimension, as the operator allows."""
-    mask = match.mask
-    assert mask is not None
     assert mask.shape is not None
     if match.rows is None or mask.shape[-2] != 1:
         return mask
