@@ -425,3 +425,36 @@ def test_a_shift_before_a_widening_matmul_without_bias_stays() -> None:
     weights = {"w": random(rng, 3, 4), "b": random(rng, 3)}
     before = program("g (float[N,3] x) => (float[N,4] y) { a = Add(x, b) y = MatMul(a, w) }", weights)
     assert reasons(before, "fold_affine") == ["adding it behind the product would cost more"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        # a decomposed RMS normalization and its gain
+        "s = Mul (x, x) m = ReduceMean <keepdims = 1> (s, last) e = Add (m, eps) r = Sqrt (e) n = Div (x, r)"
+        " h = Mul (n, g)",
+        "s = Mul (x, x) m = ReduceMean <keepdims = 1> (s, last) e = Add (m, eps) r = Sqrt (e) i = Reciprocal (r)"
+        " n = Mul (x, i) h = Mul (g, n)",
+        # the shift of a layer normalization
+        "s = Mul (x, x) m = ReduceMean <keepdims = 1> (s, last) e = Add (m, eps) r = Sqrt (e) n = Div (x, r)"
+        " o = Mul (n, g) h = Add (o, g)",
+        # the half of a GELU
+        "d = Div (x, root) f = Erf (d) a = Add (f, one) p = Mul (x, a) h = Mul (p, half)",
+    ],
+)
+def test_what_a_runtime_fuses_as_a_whole_stays_whole(text: str) -> None:
+    rng = np.random.default_rng(0)
+    numbers = {"root": 2**0.5, "one": 1.0, "half": 0.5, "eps": 1e-5}
+    weights = {name: np.array(number, np.float32) for name, number in numbers.items()}
+    weights |= {"g": rng.standard_normal(6).astype(np.float32), "last": np.array([-1])}
+    used = {
+        k: v
+        for k, v in weights.items()
+        if k in text.replace(",", " ").replace(")", " ").split() or f"({k}" in text
+    }
+    used["w"] = rng.standard_normal((6, 4)).astype(np.float32)
+    found = program(f"g (float[n, 6] x) => (float[n, 4] y) {{ {text} y = MatMul (h, w) }}", used)
+    assert reasons(found, "fold_affine") == [
+        "it completes a normalization or GELU, which runtimes fuse as a whole"
+    ]
+    check(found, "fold_affine", [{"x": rng.standard_normal((3, 6)).astype(np.float32)}])
