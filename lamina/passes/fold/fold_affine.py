@@ -46,9 +46,9 @@ class FoldAffine(LocalFold):
     Fires: Mul, Div, Add, Sub, Neg by constants that are scalars or vary over channels only, and
     BatchNormalization; weights and biases constant; the value between the two read nowhere else. The bias
     of a MatMul is the Add behind it; a MatMul without one is never made to have one by an Add after it.
-    Refuses: the last factor or shift of a decomposed normalization or GELU in front of the linear operator, as
-    runtimes fuse those as a whole; weights that callers may override, or that other operators read (a copy
-    would grow the file); a shift before an operator that pads with zeros, for it would not reach the border;
+    Refuses: the last factor or shift of a decomposed normalization or GELU in front of the linear operator,
+    as runtimes fuse those as a whole; weights that callers may override, or that other operators read (a
+    copy would grow the file); a shift before an operator that pads with zeros, for it would not reach the border;
     folded weights that overflow or underflow; an Add that nearly cancels the bias (it rounds on purpose).
     Shapes: Conv W [C_out, C_in/group, *k], ConvTranspose W [C_in, C_out/group, *k]; scale, shift [C] or [].
     Effect: Rounding; folded in double precision and rounded once.
