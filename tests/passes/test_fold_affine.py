@@ -433,8 +433,8 @@ def test_a_shift_before_a_widening_matmul_without_bias_stays() -> None:
         # a decomposed RMS normalization and its gain
         "s = Mul (x, x) m = ReduceMean <keepdims = 1> (s, last) e = Add (m, eps) r = Sqrt (e) n = Div (x, r)"
         " h = Mul (n, g)",
-        "s = Mul (x, x) m = ReduceMean <keepdims = 1> (s, last) e = Add (m, eps) r = Sqrt (e) i = Reciprocal (r)"
-        " n = Mul (x, i) h = Mul (g, n)",
+        "s = Mul (x, x) m = ReduceMean <keepdims = 1> (s, last) e = Add (m, eps) r = Sqrt (e)"
+        " i = Reciprocal (r) n = Mul (x, i) h = Mul (g, n)",
         # the shift of a layer normalization
         "s = Mul (x, x) m = ReduceMean <keepdims = 1> (s, last) e = Add (m, eps) r = Sqrt (e) n = Div (x, r)"
         " o = Mul (n, g) h = Add (o, g)",

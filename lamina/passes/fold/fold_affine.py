@@ -48,8 +48,9 @@ class FoldAffine(LocalFold):
     of a MatMul is the Add behind it; a MatMul without one is never made to have one by an Add after it.
     Refuses: the last factor or shift of a decomposed normalization or GELU in front of the linear operator,
     as runtimes fuse those as a whole; weights that callers may override, or that other operators read (a
-    copy would grow the file); a shift before an operator that pads with zeros, for it would not reach the border;
-    folded weights that overflow or underflow; an Add that nearly cancels the bias (it rounds on purpose).
+    copy would grow the file); a shift before an operator that pads with zeros, for it would not reach the
+    border; folded weights that overflow or underflow; an Add that nearly cancels the bias (it rounds on
+    purpose).
     Shapes: Conv W [C_out, C_in/group, *k], ConvTranspose W [C_in, C_out/group, *k]; scale, shift [C] or [].
     Effect: Rounding; folded in double precision and rounded once.
     Cost: O(sites + weight elements); one copy of each folded weight.
