@@ -85,7 +85,7 @@ class Oracle:
         return Check(not wrong, tally.samples, worst, wrong[0] if wrong else None)
 
     def fault(self, other: Program, check: Check) -> str | None:
-        """Why ``other`` must not ship: what ``check`` says of its function, or else onnx's checker of the file."""
+        """Why ``other`` must not ship: its function, by ``check``, or else what the checker says of it."""
         if check.equal is False:
             return check.reason or "the outputs differ"
         try:
