@@ -122,7 +122,7 @@ METRICS: tuple[Metric, ...] = (
         "depth",
         "important",
         "Layer by Layer, Skean et al. 2025, arXiv:2502.02013",
-        _needs(Need.SPECTRA),
+        _needs(Need.SPECTRA, Need.VIEWS),
         _of(redundancy.representation_quality),
     ),
     Metric(

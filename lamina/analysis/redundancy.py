@@ -153,10 +153,32 @@ def representation_quality(statistics: Statistics) -> Mapping[str, float]:
 
     ``-sum_i p_i ln p_i``, ``p = eig(Z Z') / tr(Z Z')``, Z ``[t, d]`` the tokens of one sample. Range 0 to
     ln min(t, d); higher = tokens more spread out, which the paper finds good for embeddings. Layer by layer,
-    Skean et al. 2025, arXiv:2502.02013. The mean turning angle stands in ``depths.spectra`` beside it; the
-    InfoNCE term, which needs perturbed inputs, is left out.
+    Skean et al. 2025, arXiv:2502.02013. The paper's other two views of the same depth stand beside it:
+    :func:`representation_curvature` and :func:`representation_invariance`.
     """
     return {name: s.entropy for name, s in statistics.depths.spectra.items()}
+
+
+def representation_curvature(statistics: Statistics) -> Mapping[str, float]:
+    """Mean angle, over pi, between successive token differences at each depth, mean over samples.
+
+    ``arccos(cos(z_{t+1} - z_t, z_{t+2} - z_{t+1})) / pi``, z_t ``[d]``. Range 0 to 1; lower = the stream runs
+    straighter. Depths of images, which have no order, and of samples with fewer than three tokens are left
+    out. Skean et al. 2025, arXiv:2502.02013.
+    """
+    spectra = statistics.depths.spectra.items()
+    return {name: s.curvature for name, s in spectra if not np.isnan(s.curvature)}
+
+
+def representation_invariance(statistics: Statistics) -> Mapping[str, float]:
+    """InfoNCE at each depth: how well two views of a sample find each other among other samples' views.
+
+    :func:`lamina.analysis.views.info_nce` of a ``[n, d]`` and b ``[n, d]``, the means over two random
+    disjoint halves of each sample's tokens (positions, for images). Range 0 upwards, ln n = chance; lower =
+    better. Skean et al. 2025, arXiv:2502.02013. Deviates: the paper perturbs the input text and runs it
+    again; token dropping at the depth itself works for any input and costs no run.
+    """
+    return {name: v.loss for name, v in statistics.views.items()}
 
 
 def attention_rank(statistics: Statistics) -> Mapping[str, float]:

@@ -25,6 +25,7 @@ from lamina.analysis.operators import WeightedOperator
 from lamina.analysis.residual import BranchProbe, BranchStatistics
 from lamina.analysis.sampling import BatchView
 from lamina.analysis.streaming import RangeAccumulator, RangeStatistics
+from lamina.analysis.views import Invariance
 from lamina.data import Dataset
 from lamina.errors import DataError
 from lamina.ir.program import Program
@@ -45,6 +46,7 @@ class Statistics:
         skipped: Value, branch, depth or operator name -> why it has no statistics: not floating, nothing
             finite, a skip that is reshaped on its way.
         depths: The residual stream at each depth.
+        views: Depth -> how well two halves of a sample's tokens find each other.
         attention: Branch name -> ranks of its attention maps.
         inputs: Operator name -> what it reads.
         operators: Operator name -> its weight and how it reads.
@@ -71,6 +73,7 @@ class Statistics:
     skips: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     pairs: Mapping[str, float] = field(default_factory=dict)
     losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    views: Mapping[str, Invariance] = field(default_factory=dict)
 
 
 def collect(
