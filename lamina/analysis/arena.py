@@ -19,6 +19,8 @@ def share_arena(options: Any) -> None:
     """
     _register()
     options.add_session_config_entry("session.use_env_allocators", "1")
+    # weights belong to one session alone, and go with it
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     # trap: planned patterns take one block a shape beside the pieces of the first run: twice the memory
     options.enable_mem_pattern = False
 

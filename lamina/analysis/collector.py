@@ -59,7 +59,7 @@ class Collector:
         if needs & {Need.LENGTHS, Need.EXAMPLES}:
             self._tap_branches(taps, branches, rows, looks.pixels)
         if Need.EXAMPLES in needs:
-            self._examples = ExampleAccumulator([b.tap for b in self._branches], looks.examples)
+            self._examples = ExampleAccumulator(self._branches, looks.examples)
         if needs & _OF_DEPTHS:
             self._depths = DepthAccumulator(taps, depths_of(branches), needs, rows, looks.pixels)
             self.skipped |= self._depths.skipped

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lamina.analysis.arena import share_arena
 from lamina.analysis.attention import AttentionStatistics
 from lamina.analysis.collector import Collector
 from lamina.analysis.depths import DepthStatistics
@@ -124,7 +125,9 @@ def collect(
     outputs = [port.name for port in program.outputs]
     wanted = _wanted(program, range_sums)
     tapped = program if taken is None else taken.program
-    session = InstrumentedSession(tapped, wanted, threads=threads, configure=_no_spinning)
+    session = InstrumentedSession(
+        tapped, wanted, threads=threads, configure=_session_options, own=taken is not None
+    )
     always = list(dict.fromkeys([*wanted, *outputs, *(() if taken is None else taken.outputs)]))
     done, run, total, count = 0, 0, len(batches), _count(program, batches)
     # images are looked at in some batches only; what nobody needs is not run
@@ -190,7 +193,8 @@ def _reduce(
     list(pool.map(take_range, range_sums))
 
 
-def _no_spinning(options: Any) -> None:
+def _session_options(options: Any) -> None:
+    share_arena(options)
     # Threads that spin for work would keep the cores from the reductions.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 
