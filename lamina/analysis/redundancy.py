@@ -45,8 +45,9 @@ def relative_contribution(statistics: Statistics) -> Mapping[str, float]:
 def angular_distance(statistics: Statistics) -> Mapping[str, float]:
     """``arccos(cos(x, x + f(x))) / pi`` of each branch at each sample's last token, mean over samples.
 
-    Range 0 to 1; higher = more important. Gromov et al. 2024, arXiv:2403.17887. The full matrix over any two
-    depths is ``statistics.depths.angles`` (:func:`angular_matrix`).
+    x, f(x): ``[samples, width]``. Range 0 to 1; higher = more important. Gromov et al. 2024,
+    arXiv:2403.17887. The full matrix over any two depths is ``statistics.depths.angles``
+    (:func:`angular_matrix`).
     """
     return {name: b.last_token_angle for name, b in statistics.branches.items()}
 
@@ -68,9 +69,10 @@ def angular_matrix(statistics: Statistics) -> tuple[tuple[str, ...], np.ndarray]
 def void_rate(statistics: Statistics) -> Mapping[str, float]:
     """Share of tokens at which a branch is void: ``d_l < 0.8 * (max_l d_l - min_l d_l)``.
 
-    ``d_l = L2(h_l) - L2(h_{l-1})``: how much the branch lengthens a token; the spread is over all branches
-    with the same tokens. Range 0 to 1; higher = more redundant. L2 adaptive computation, arXiv:2505.14467;
-    its use as a static share is ours. One number a phase: collect each phase apart.
+    ``d_l = L2(h_l) - L2(h_{l-1})``, h_l ``[tokens, width]``: how much the branch lengthens a token; the
+    spread is over all branches with the same tokens. Range 0 to 1; higher = more redundant. Void in language
+    models, Shemiranifar 2025, arXiv:2505.14467; its use as a static share is ours. One number a phase:
+    collect each phase apart.
     """
     return {name: b.void for name, b in statistics.branches.items() if not np.isnan(b.void)}
 
@@ -78,9 +80,9 @@ def void_rate(statistics: Statistics) -> Mapping[str, float]:
 def entropy_increase(statistics: Statistics) -> Mapping[str, float]:
     """``H(x_{l+1}) - H(x_l)`` of each depth to the next one.
 
-    H: entropy in nats of a histogram of all elements, 256 even bins over the smallest interval that holds
-    both depths. Range -ln 256 to ln 256; higher = more important. Entropy-based block pruning, Yang et al.
-    2025, arXiv:2504.03794; the estimator is ours, the abstract names none.
+    x_l: ``[n, d]``. H: entropy in nats of a histogram of all elements, 256 even bins over the smallest
+    interval that holds both depths. Range -ln 256 to ln 256; higher = more important. Entropy-based block
+    pruning, Yang et al. 2025, arXiv:2504.03794; the estimator is ours, the abstract names none.
     """
     found = {}
     tokens = statistics.depths.tokens
