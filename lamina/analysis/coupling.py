@@ -23,6 +23,8 @@ from lamina.analysis.coupling_search import Labels, Search
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 
+# Of several roles a weight's axis has, the one that is told.
+_TELLING: tuple[Role, ...] = ("out", "in", "table", "bias", "scale", "channelwise", "activation")
 _ALL_GONE = "nothing would be left"
 
 
@@ -224,8 +226,8 @@ class _Finder:
             if value is not None and value.name:
                 self._order.setdefault(value.name, len(self._order))
         for axis, role in relation.roles.items():
-            if self._roles.get(axis) != "out":
-                self._roles[axis] = role
+            known = self._roles.get(axis, role)
+            self._roles[axis] = min(known, role, key=_TELLING.index)
         for frozen in relation.frozen:
             self._frozen.setdefault(frozen.axis, []).append(frozen)
         for axis, reason in relation.inexact.items():
@@ -240,12 +242,17 @@ class _Finder:
         fresh = np.flatnonzero(~covered)
         if size < 2 or not len(fresh):
             return
+        # What only one of several ways reaches may have other ways of its own.
+        always: dict[Axis, np.ndarray] | None = None
         for labels in self._search.spread(seed, fresh):
             self._hold(labels)
             self._collect(seed, labels)
-            for axis, array in labels.axes.items():
-                known = self._covered.setdefault(axis, np.zeros(len(array), dtype=bool))
-                known |= array >= 0
+            reached = {axis: array >= 0 for axis, array in labels.axes.items()}
+            if always is not None:
+                reached = {axis: at & always[axis] for axis, at in reached.items() if axis in always}
+            always = reached
+        for axis, at in (always or {}).items():
+            self._covered[axis] = self._covered.get(axis, np.zeros(len(at), dtype=bool)) | at
 
     def result(self) -> CouplingResult:
         """All groups, and the weight axes in none of them."""
@@ -289,14 +296,14 @@ class _Finder:
 
     def _add(self, seed: Axis, units: list[list[tuple[Axis, np.ndarray]]], labels: Labels) -> None:
         axes = [axis for axis, _ in units[0]]
-        lead = axes.index(seed) if seed in axes else 0
-        units.sort(key=lambda run: int(run[lead][1][0]))
+        order = sorted(range(len(axes)), key=lambda i: axes[i][0] not in self._weights)
+        units.sort(key=lambda run: int(run[order[0]][1][0]))
         members = []
-        for place, axis in enumerate(axes):
+        for place in order:
+            axis = axes[place]
             indices = np.stack([run[place][1] for run in units])
             role = self._roles.get(axis, "channelwise") if axis[0] in self._weights else "activation"
             members.append(Member(*axis, role, self._shapes[axis[0]][axis[1]], indices))
-        members.sort(key=lambda m: m.role == "activation")
         key = tuple((m.name, m.axis, m.indices.tobytes()) for m in members)
         if key in self._groups:
             return
