@@ -66,7 +66,8 @@ def mask_channels(program: Program, coupling: CouplingResult, cuts: Cuts) -> Pro
     removed = _removed(coupling, cuts)
     result = program.clone()
     rewriter = Rewriter(result.model)
-    places = dict.fromkeys(place for name in cuts if cuts[name] for place in _group(coupling, name).contracted)
+    groups = [_group(coupling, name) for name, units in cuts.items() if units]
+    places = dict.fromkeys(place for group in groups for place in group.contracted)
     for node_name, value_name, axis in places:
         node = rewriter.node(node_name)
         for position, value in enumerate(node.inputs):
