@@ -1,0 +1,301 @@
+"""Closed-form compensation: fit the operators behind a change so that the program does what it did before.
+
+Runs after any plan. Operators are visited in execution order; each is fitted on what it reads in the program
+as changed *and repaired so far* and on what the original had in its place (two streams).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from lamina.analysis.instrument import InstrumentedSession, feeds_of, fixed_batch
+from lamina.analysis.moments import RIDGES, Correction, Moments, ridge_correction
+from lamina.analysis.operators import constant, evenly, patches
+from lamina.analysis.statistics import DEFAULT_MASK
+from lamina.data import Dataset
+from lamina.errors import DataError, PassError
+from lamina.ir.program import Program
+from lamina.ir.shapes import observed_shapes
+from lamina.passes.pass_ import Refusal
+from lamina.passes.repair import BEHIND, Repair, apply_repairs, packed
+from lamina.passes.repair_sites import NAME, RepairSite, repair_sites
+
+ROLES = ("norm", "writer", "reader")
+# Every so many batches one is held out; its tokens choose the ridge and whether to change anything.
+_HOLD_OUT = 4
+# Squared error that is rounding: nothing to repair.
+_ROUNDING = 1e-12
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How to compensate.
+
+    Attributes:
+        roles: Which operators: ``norm`` (gain and shift of normalizations), ``writer`` (operators whose
+            output ends in a residual sum), ``reader`` (the other linear operators).
+        weights: Whether matrices, kernels and gains are fitted too, or biases alone (mean-to-bias).
+        add_biases: Whether operators without a bias get one, which costs bytes and perhaps time.
+        rows: Calibration rows looked at.
+        tokens: Input vectors or windows of each operator, over all rows.
+        ridges: Penalties to choose from, relative to the mean variance of what an operator reads.
+    """
+
+    roles: tuple[str, ...] = ROLES
+    weights: bool = True
+    add_biases: bool = False
+    rows: int = 256
+    tokens: int = 16384
+    ridges: tuple[float, ...] = RIDGES
+
+    def __post_init__(self) -> None:
+        unknown = [role for role in self.roles if role not in ROLES]
+        if unknown or not self.roles:
+            what = f"no operator has the role '{unknown[0]}'" if unknown else "no role is given"
+            raise PassError(what, advice=f"choose from {', '.join(ROLES)}")
+        if self.rows < 2 or self.tokens < 2 or any(r <= 0 for r in self.ridges):
+            raise PassError("rows and tokens must be at least 2, ridges positive", where=NAME)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One operator that was fitted anew.
+
+    Attributes:
+        site: Which.
+        before: Mean squared error against the original per token, held-out calibration data.
+        after: With the correction fitted on the other calibration data.
+        ridge: Penalty chosen; inf: only the bias changed.
+    """
+
+    site: RepairSite
+    before: float
+    after: float
+    ridge: float
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """A repaired program and how it came about."""
+
+    program: Program
+    repairs: tuple[Repair, ...]
+    fitted: tuple[Fitted, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def compensate(
+    original: Program,
+    changed: Program,
+    dataset: Dataset,
+    *,
+    stands_for: Mapping[str, str] | None = None,
+    how: Compensation | None = None,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Compensated:
+    """Refit what follows a change so that its outputs match the original's on calibration data.
+
+    Mean-to-bias: the mean of what is missing goes into the operator's bias. Least squares: its weight is
+    fitted by ridge regression, pulled towards the one it has. Both only where they lower the error on
+    held-out calibration batches. Names, shapes and dtypes stay; without ``add_biases`` so do bytes and time.
+
+    Args:
+        original: What the change was made to.
+        changed: The program after it, with the same inputs; left unchanged.
+        dataset: Calibration samples; neither selection nor report data.
+        stands_for: As for :func:`lamina.passes.repair_sites.repair_sites`.
+        how: Options.
+        threads: Threads of a run; all available cores when None.
+        progress: Called with operators done and operators in all.
+
+    Raises:
+        DataError: Fewer than two batches, or data that does not fit.
+        BackendError: ONNX Runtime refuses a program.
+    """
+    how = how or Compensation()
+    data = _batches(changed, dataset, how)
+    first = next(data.batches())
+    pair = [observed_shapes(p, feeds_of(p, first)) for p in (changed, original)]
+    found = list(repair_sites(original, changed, *pair, stands_for))
+    sites = [s for s in found if isinstance(s, RepairSite) and _usable(s, how)]
+    repairs: list[Repair] = []
+    fitted: list[Fitted] = []
+    done, current = 0, changed
+    for wave in _waves(changed, sites):
+        base = InstrumentedSession(original, dict.fromkeys(s.target for s in wave), threads=threads)
+        values = dict.fromkeys(v for s in wave for v in (s.read, s.value))
+        tried = InstrumentedSession(current, values, threads=threads)
+        made = _fit(wave, (original, base), (current, tried), data, how)
+        fresh = [r for s, c in made for r in _repairs(s, c, current)]
+        current = apply_repairs(current, fresh)
+        repairs += fresh
+        fitted += [Fitted(s, c.before, c.after, c.ridge) for s, c in made]
+        done += len(wave)
+        if progress is not None:
+            progress(done, len(sites))
+    refusals = tuple(r for r in found if isinstance(r, Refusal))
+    return Compensated(current, tuple(repairs), tuple(fitted), refusals)
+
+
+def _usable(site: RepairSite, how: Compensation) -> bool:
+    shifts = site.bias is not None or (how.add_biases and site.addable)
+    return site.role in how.roles and (how.weights or shifts)
+
+
+def _batches(program: Program, dataset: Dataset, how: Compensation) -> Dataset:
+    """The samples that are looked at, in batches small enough that some can be held out."""
+    samples = min(dataset.samples, max(1, how.rows // dataset.group))
+    # Evenly over all of them: data sets come sorted by length or class.
+    data = dataset.rows(evenly(samples, dataset.samples))
+    size = fixed_batch(program)
+    if size is None:
+        size = max(1, min(dataset.batch_size, len(data) // (2 * _HOLD_OUT)))
+    data = replace(data, batch_size=max(size, data.group))
+    if len(data) < 2 * size:
+        raise DataError(
+            f"{len(data)} calibration rows do not fill two batches of {size}",
+            advice="give more calibration samples: one batch fits, another one checks the fit",
+        )
+    return data
+
+
+def _waves(program: Program, sites: Sequence[RepairSite]) -> Iterator[list[RepairSite]]:
+    """Sites in execution order, in runs of which none lies behind another."""
+    place = {s.node: i for i, s in enumerate(sites)}
+    behind: dict[ir.Value, int] = {}
+    ends: dict[str, int] = {}
+    for node in program.graph:
+        seen = 0
+        for value in node.inputs:
+            seen |= behind.get(value, 0) if value is not None else 0
+        if (index := place.get(node.name or "")) is not None:
+            seen |= 1 << index
+        for value in node.outputs:
+            behind[value] = seen
+            ends[value.name or ""] = seen
+    wave: list[RepairSite] = []
+    held = 0
+    for site in sites:
+        own = 1 << place[site.node]
+        # trap: two writers of one sum would both make up for all that is missing
+        if (ends.get(site.read, 0) | ends.get(site.value, 0)) & held & ~own:
+            yield wave
+            wave, held = [], 0
+        wave.append(site)
+        held |= own
+    if wave:
+        yield wave
+
+
+Stream = tuple[Program, InstrumentedSession]
+
+
+def _fit(
+    wave: Sequence[RepairSite], original: Stream, changed: Stream, data: Dataset, how: Compensation
+) -> list[tuple[RepairSite, Correction]]:
+    """Corrections of sites that do not depend on each other, from one pass over the data."""
+    sums: dict[str, list[Moments]] = {}
+    rows = max(1, len(data))
+    for number, batch in enumerate(data.batches()):
+        where = f"batch {number}"
+        size = fixed_batch(changed[0])
+        if size is not None and len(batch) != size:
+            continue
+        targets = _run(original, [s.target for s in wave], batch, where)
+        values = _run(changed, [n for s in wave for n in (s.read, s.value)], batch, where)
+        mask = batch.inputs.get(DEFAULT_MASK, batch.extras.get(DEFAULT_MASK))
+        part = int(number % _HOLD_OUT == 1)
+        count = max(2, -(-how.tokens * len(batch) // rows))
+        for site in wave:
+            missing = targets[site.target].astype(np.float64) - values[site.value]
+            x, y = _tokens(site, values[site.read], missing, mask, count, how.weights)
+            pair = sums.setdefault(site.node, [])
+            if not pair:
+                diagonal = site.role == "norm"
+                pair += [Moments.empty(x.shape[1], y.shape[1], diagonal=diagonal) for _ in range(2)]
+            pair[part].add(x, y)
+    made = []
+    for site in wave:
+        kept, held = sums[site.node]
+        offset = site.bias is not None or (how.add_biases and site.addable)
+        if not held.count or float(held.yy.sum()) <= _ROUNDING * held.count:
+            continue
+        found = ridge_correction(kept, held, offset=offset, matrix=kept.x.size > 0, ridges=how.ridges)
+        if found is not None:
+            made.append((site, found))
+    return made
+
+
+def _run(stream: Stream, names: Collection[str], batch: Dataset, where: str) -> dict[str, np.ndarray]:
+    program, session = stream
+    feeds = feeds_of(program, batch, where)
+    wanted = [name for name in dict.fromkeys(names) if name not in feeds]
+    found: dict[str, np.ndarray] = dict(zip(wanted, session.run(wanted, feeds, where=where), strict=True))
+    return {**feeds, **found}
+
+
+def _tokens(
+    site: RepairSite,
+    read: np.ndarray,
+    missing: np.ndarray,
+    mask: np.ndarray | None,
+    count: int,
+    weights: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """``[n, in]`` and ``[n, out]``: at most ``count`` evenly spaced tokens, none of them padding.
+
+    Where only biases are fitted, and for grouped convolutions, ``in`` is 0.
+    """
+    if site.operator is not None and site.operator.kind == "conv":
+        y = np.moveaxis(missing, 1, -1).reshape(-1, missing.shape[1])
+        y = y[evenly(count, len(y))]
+        if not weights or site.operator.group > 1:
+            return np.zeros((len(y), 0)), y
+        x = patches(read, site.operator, count)
+        return x.reshape(len(x), -1), y
+    x, y = read.reshape(-1, read.shape[-1]), missing.reshape(-1, missing.shape[-1])
+    places = np.arange(len(y))
+    if mask is not None and missing.ndim > 2 and missing.shape[: mask.ndim] == mask.shape:
+        places = np.flatnonzero(np.broadcast_to(mask.reshape(-1, 1) != 0, (mask.size, len(y) // mask.size)))
+    places = places[evenly(count, len(places))]
+    if not weights:
+        return np.zeros((len(places), len(y[0]) if site.role == "norm" else 0)), y[places]
+    return x[places], y[places]
+
+
+def _repairs(site: RepairSite, found: Correction, program: Program) -> Iterator[Repair]:
+    """The site's weight and bias with the correction added, in the dtypes they are stored in."""
+    nodes = {n.name: n for n in program.graph}
+    node = nodes[site.node]
+    weight = constant(node.inputs[site.weight])
+    if weight is None:
+        raise PassError(f"the weight of '{site.node}' is gone", advice="this is a bug in compensate")
+    matrix = found.matrix
+    if np.any(matrix):
+        if site.operator is None:
+            old = weight.astype(np.float64)
+            # the gain scales what the norm made; the correction, what gain and shift made of it
+            yield Repair(site.node, site.weight, packed(((1 + matrix) * old).astype(weight.dtype)))
+        else:
+            change = matrix.T if site.operator.flipped else matrix
+            fresh = weight.astype(np.float64) + change.reshape(weight.shape)
+            yield Repair(site.node, site.weight, packed(fresh.astype(weight.dtype)))
+    if not np.any(found.offset) and (site.operator is not None or not np.any(matrix)):
+        return
+    if site.bias is None:
+        operand = BEHIND if node.op_type == "MatMul" else 2
+        yield Repair(site.node, operand, packed(found.offset.astype(weight.dtype)))
+        return
+    bias = constant(nodes[site.bias[0]].inputs[site.bias[1]])
+    if bias is None:
+        raise PassError(f"the bias of '{site.node}' is gone", advice="this is a bug in compensate")
+    scaled = bias.astype(np.float64)
+    if site.operator is None:
+        scaled = scaled * (1 + matrix)
+    fresh = scaled + found.offset.reshape(bias.shape)
+    yield Repair(*site.bias, packed(fresh.astype(bias.dtype)))
