@@ -17,7 +17,7 @@ class Moments:
     """Sums over tokens of x, y, x'x, x'y and y'y, all float64.
 
     Attributes:
-        count: Tokens.
+        count: Tokens, or their total weight (:meth:`weighed`).
         x: ``[in]``: sum of x.
         y: ``[out]``: sum of y.
         xx: ``[in, in]``; of a diagonal map ``[in]``: sum of squares.
@@ -25,7 +25,7 @@ class Moments:
         yy: ``[out]``: sum of squares of y.
     """
 
-    count: int
+    count: float
     x: np.ndarray
     y: np.ndarray
     xx: np.ndarray
@@ -36,7 +36,7 @@ class Moments:
     def empty(width: int, height: int, *, diagonal: bool = False) -> Moments:
         """No tokens yet, of x ``[width]`` and y ``[height]``; a diagonal map has equal widths."""
         shapes = ((width,), (width,)) if diagonal else ((width, width), (width, height))
-        return Moments(0, np.zeros(width), np.zeros(height), *map(np.zeros, shapes), np.zeros(height))
+        return Moments(0.0, np.zeros(width), np.zeros(height), *map(np.zeros, shapes), np.zeros(height))
 
     @property
     def diagonal(self) -> bool:
@@ -64,6 +64,12 @@ class Moments:
         x, y, xx, xy = (a + b for a, b in pairs)
         return Moments(self.count + other.count, x, y, xx, xy, self.yy + other.yy)
 
+    def weighed(self, weight: float) -> Moments:
+        """The same tokens with ``weight`` in all."""
+        by = weight / self.count if self.count else 0.0
+        x, y, xx, xy, yy = (by * a for a in (self.x, self.y, self.xx, self.xy, self.yy))
+        return Moments(weight if self.count else 0.0, x, y, xx, xy, yy)
+
     def about(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x'x, x'y and y'y of the tokens less ``x`` and ``y``, from the sums alone."""
         n = self.count
@@ -80,9 +86,9 @@ class Moments:
         gram, cross, energy = self.about(np.zeros_like(self.x), offset)
         if self.diagonal:
             total = energy + matrix * (matrix * gram) - 2 * matrix * cross
-            return max(0.0, float(total.sum())) / max(1, self.count)
+            return max(0.0, float(total.sum())) / max(self.count, 1e-300)
         explained = float((matrix @ gram * matrix).sum()) - 2.0 * float((matrix.T * cross).sum())
-        return max(0.0, float(energy.sum()) + explained) / max(1, self.count)
+        return max(0.0, float(energy.sum()) + explained) / max(self.count, 1e-300)
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def ridge_correction(
 
     y is what is missing, so the penalty pulls a refitted weight towards the one it has: with X the changed
     and X0 the original input, ``y = W (x0 - x)`` gives qep's ``W (X0 - X) X' (X X' + damp)^-1``
-    (arXiv:2504.09629), and ``matrix=False`` gives mean-to-bias. The chosen map is fitted anew on all tokens.
+    (arXiv:2504.09629), and ``matrix=False`` gives mean-to-bias.
 
     Args:
         fitted: Tokens to fit.
@@ -125,22 +131,19 @@ def ridge_correction(
     """
     zero, none = np.zeros_like(fitted.xy.T), np.zeros_like(fitted.y)
     before = held.error(zero, none)
-    best, chosen = before, None
+    best = None
     for ridge, found, shift in _maps(fitted, offset, matrix, ridges):
         error = held.error(found, shift)
-        if error < best:
-            best, chosen = error, ridge
-    if chosen is None:
-        return None
-    ((_, found, shift),) = list(_maps(fitted + held, offset, chosen != np.inf, (chosen,)))[-1:]
-    return Correction(found, shift, chosen, before, best)
+        if error < (before if best is None else best.after):
+            best = Correction(found, shift, ridge, before, error)
+    return best
 
 
 def _maps(
     moments: Moments, offset: bool, matrix: bool, ridges: Sequence[float]
 ) -> list[tuple[float, np.ndarray, np.ndarray]]:
     """(ridge, A, b) for the offset alone and for every ridge."""
-    count = max(1, moments.count)
+    count = max(moments.count, 1e-300)
     mean_x = moments.x / count if offset else np.zeros_like(moments.x)
     mean_y = moments.y / count if offset else np.zeros_like(moments.y)
     zero = np.zeros_like(moments.xy.T)

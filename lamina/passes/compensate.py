@@ -6,16 +6,17 @@ as changed *and repaired so far* and on what the original had in its place (two 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from lamina.analysis.instrument import InstrumentedSession, feeds_of, fixed_batch
+from lamina.analysis.instrument import feeds_of, fixed_batch
 from lamina.analysis.moments import RIDGES, Correction, Moments, ridge_correction
 from lamina.analysis.operators import constant, evenly, patches
 from lamina.analysis.statistics import DEFAULT_MASK
+from lamina.analysis.stream import Stream
 from lamina.data import Dataset
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
@@ -23,6 +24,7 @@ from lamina.ir.shapes import observed_shapes
 from lamina.passes.pass_ import Refusal
 from lamina.passes.repair import BEHIND, Repair, apply_repairs, packed
 from lamina.passes.repair_sites import NAME, RepairSite, repair_sites
+from lamina.quality import Metric, get_metric
 
 ROLES = ("norm", "writer", "reader")
 # Every so many batches one is held out; its tokens choose the ridge and whether to change anything.
@@ -43,14 +45,17 @@ class Compensation:
         rows: Calibration rows looked at.
         tokens: Input vectors or windows of each operator, over all rows.
         ridges: Penalties to choose from, relative to the mean variance of what an operator reads.
+        leads: Shares of the weight that a sequence's first token gets, to choose from; None: as every other.
+            Of a class token alone the output may be made.
     """
 
     roles: tuple[str, ...] = ROLES
     weights: bool = True
     add_biases: bool = False
     rows: int = 256
-    tokens: int = 16384
+    tokens: int = 8192
     ridges: tuple[float, ...] = RIDGES
+    leads: tuple[float | None, ...] = (None, 0.5)
 
     def __post_init__(self) -> None:
         unknown = [role for role in self.roles if role not in ROLES]
@@ -95,14 +100,15 @@ def compensate(
     *,
     stands_for: Mapping[str, str] | None = None,
     how: Compensation | None = None,
+    divergence: Metric | None = None,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Compensated:
     """Refit what follows a change so that its outputs match the original's on calibration data.
 
     Mean-to-bias: the mean of what is missing goes into the operator's bias. Least squares: its weight is
-    fitted by ridge regression, pulled towards the one it has. Both only where they lower the error on
-    held-out calibration batches. Names, shapes and dtypes stay; without ``add_biases`` so do bytes and time.
+    fitted by ridge regression, pulled towards the one it has. Held-out calibration batches choose the ridge,
+    and whether the outputs come nearer to the original's: what does not help them is left alone. Names, shapes and dtypes stay; without ``add_biases`` so do bytes and time.
 
     Args:
         original: What the change was made to.
@@ -110,6 +116,7 @@ def compensate(
         dataset: Calibration samples; neither selection nor report data.
         stands_for: As for :func:`lamina.passes.repair_sites.repair_sites`.
         how: Options.
+        divergence: Says how far outputs are from the original's; chosen by the outputs when None.
         threads: Threads of a run; all available cores when None.
         progress: Called with operators done and operators in all.
 
@@ -126,15 +133,30 @@ def compensate(
     repairs: list[Repair] = []
     fitted: list[Fitted] = []
     done, current = 0, changed
+    batches = [b for b in data.batches() if fixed_batch(changed) in (None, len(b))]
+    feeds = [feeds_of(changed, b, f"batch {i}") for i, b in enumerate(batches)]
+    streams = Stream(feeds, threads=threads), Stream(feeds, threads=threads)
+    entries = {n.name: [v.name or "" for v in n.inputs if v is not None] for n in changed.graph}
+    trial = _Trial(original, batches, streams, divergence or get_metric(None, original))
+    trial.better(changed)
     for wave in _waves(changed, sites):
-        base = InstrumentedSession(original, dict.fromkeys(s.target for s in wave), threads=threads)
+        names = [s.target for s in wave]
+        targets = streams[0].run(original, names, names)
         values = dict.fromkeys(v for s in wave for v in (s.read, s.value))
-        tried = InstrumentedSession(current, values, threads=threads)
-        made = _fit(wave, (original, base), (current, tried), data, how)
-        fresh = [r for s, c in made for r in _repairs(s, c, current)]
-        current = apply_repairs(current, fresh)
-        repairs += fresh
-        fitted += [Fitted(s, c.before, c.after, c.ridge) for s, c in made]
+        settled = [name for s in wave for name in entries[s.node]]
+        pairs = zip(batches, targets, streams[1].run(current, values, settled), strict=True)
+        sums = _moments(wave, pairs, how)
+        best: list[tuple[RepairSite, Correction]] = []
+        for lead in how.leads:
+            made = _corrections(wave, sums, lead, how)
+            fresh = [r for s, c in made for r in _repairs(s, c, current)]
+            repaired = apply_repairs(current, fresh)
+            if fresh and trial.better(repaired):
+                best, chosen, accepted = made, repaired, fresh
+        if best:
+            current = chosen
+            repairs += accepted
+            fitted += [Fitted(s, c.before, c.after, c.ridge) for s, c in best]
         done += len(wave)
         if progress is not None:
             progress(done, len(sites))
@@ -192,51 +214,92 @@ def _waves(program: Program, sites: Sequence[RepairSite]) -> Iterator[list[Repai
         yield wave
 
 
-Stream = tuple[Program, InstrumentedSession]
+Values = Mapping[str, np.ndarray]
 
 
-def _fit(
-    wave: Sequence[RepairSite], original: Stream, changed: Stream, data: Dataset, how: Compensation
-) -> list[tuple[RepairSite, Correction]]:
-    """Corrections of sites that do not depend on each other, from one pass over the data."""
-    sums: dict[str, list[Moments]] = {}
-    rows = max(1, len(data))
-    for number, batch in enumerate(data.batches()):
-        where = f"batch {number}"
-        size = fixed_batch(changed[0])
-        if size is not None and len(batch) != size:
-            continue
-        targets = _run(original, [s.target for s in wave], batch, where)
-        values = _run(changed, [n for s in wave for n in (s.read, s.value)], batch, where)
+class _Trial:
+    """Says whether a repair brings the outputs nearer to the original's, on held-out batches."""
+
+    def __init__(
+        self, original: Program, batches: Sequence[Dataset], streams: tuple[Stream, Stream], metric: Metric
+    ) -> None:
+        self._metric, self._stream, self._batches = metric, streams[1], batches
+        self._numbers = [i for i in range(len(batches)) if _held(i)]
+        self._outputs = [port.name for port in original.outputs]
+        self._reference = list(streams[0].finish(original, self._outputs, self._numbers))
+        self._best = float("inf")
+
+    def score(self, program: Program) -> float:
+        """Divergence of the program's outputs, run from where the stream is."""
+        runs = self._stream.finish(program, self._outputs, self._numbers)
+        features = [
+            self._metric.features(outputs, self._batches[number], reference)
+            for number, outputs, reference in zip(self._numbers, runs, self._reference, strict=True)
+        ]
+        return self._metric.score(np.concatenate(features))
+
+    def better(self, program: Program) -> bool:
+        """Whether it diverges less than everything before."""
+        found = self.score(program)
+        if not found < self._best:
+            return False
+        self._best = found
+        return True
+
+
+def _held(number: int) -> bool:
+    return number % _HOLD_OUT == 1
+
+
+# Site -> moments of (fitted, held-out) tokens, of (first, other) tokens of a sequence each.
+Sums = dict[str, tuple[tuple[Moments, Moments], tuple[Moments, Moments]]]
+
+
+def _moments(
+    wave: Sequence[RepairSite], batches: Iterable[tuple[Dataset, Values, Values]], how: Compensation
+) -> Sums:
+    """Moments of sites that do not depend on each other, from one pass over the data.
+
+    ``batches``: each with the original's values and the changed program's.
+    """
+    sums: Sums = {}
+    for number, (batch, targets, values) in enumerate(batches):
         mask = batch.inputs.get(DEFAULT_MASK, batch.extras.get(DEFAULT_MASK))
-        part = int(number % _HOLD_OUT == 1)
-        count = max(2, -(-how.tokens * len(batch) // rows))
+        count = max(2, how.tokens * len(batch) // how.rows)
         for site in wave:
             missing = targets[site.target].astype(np.float64) - values[site.value]
-            x, y = _tokens(site, values[site.read], missing, mask, count, how.weights)
-            pair = sums.setdefault(site.node, [])
-            if not pair:
-                diagonal = site.role == "norm"
-                pair += [Moments.empty(x.shape[1], y.shape[1], diagonal=diagonal) for _ in range(2)]
-            pair[part].add(x, y)
+            x, y, first = _tokens(site, values[site.read], missing, mask, count, how.weights)
+            if site.node not in sums:
+                shape, diagonal = (x.shape[1], y.shape[1]), site.role == "norm"
+                a, b, c, d = (Moments.empty(*shape, diagonal=diagonal) for _ in range(4))
+                sums[site.node] = (a, b), (c, d)
+            part = sums[site.node][_held(number)]
+            part[0].add(x[first], y[first])
+            part[1].add(x[~first], y[~first])
+    return sums
+
+
+def _corrections(
+    wave: Sequence[RepairSite], sums: Sums, lead: float | None, how: Compensation
+) -> list[tuple[RepairSite, Correction]]:
+    """The best correction of each site that has one; ``lead``: weight of first tokens."""
     made = []
     for site in wave:
-        kept, held = sums[site.node]
-        offset = site.bias is not None or (how.add_biases and site.addable)
-        if not held.count or float(held.yy.sum()) <= _ROUNDING * held.count:
+        parts = []
+        for first, others in sums[site.node]:
+            if lead is None:
+                parts.append(first + others)
+            elif first.count and others.count:
+                total = first.count + others.count
+                parts.append(first.weighed(lead * total) + others.weighed((1 - lead) * total))
+        if len(parts) < 2 or float(parts[1].yy.sum()) <= _ROUNDING * parts[1].count:
             continue
-        found = ridge_correction(kept, held, offset=offset, matrix=kept.x.size > 0, ridges=how.ridges)
+        offset = site.bias is not None or (how.add_biases and site.addable)
+        fits = parts[0].x.size > 0 and how.weights
+        found = ridge_correction(parts[0], parts[1], offset=offset, matrix=fits, ridges=how.ridges)
         if found is not None:
             made.append((site, found))
     return made
-
-
-def _run(stream: Stream, names: Collection[str], batch: Dataset, where: str) -> dict[str, np.ndarray]:
-    program, session = stream
-    feeds = feeds_of(program, batch, where)
-    wanted = [name for name in dict.fromkeys(names) if name not in feeds]
-    found: dict[str, np.ndarray] = dict(zip(wanted, session.run(wanted, feeds, where=where), strict=True))
-    return {**feeds, **found}
 
 
 def _tokens(
@@ -246,26 +309,29 @@ def _tokens(
     mask: np.ndarray | None,
     count: int,
     weights: bool,
-) -> tuple[np.ndarray, np.ndarray]:
-    """``[n, in]`` and ``[n, out]``: at most ``count`` evenly spaced tokens, none of them padding.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``[n, in]``, ``[n, out]``, and which are a sequence's first: evenly spaced tokens, no padding.
 
-    Where only biases are fitted, and for grouped convolutions, ``in`` is 0.
+    At most ``count``, and the first tokens. Where only biases are fitted, and for grouped convolutions, ``in`` is 0.
     """
     if site.operator is not None and site.operator.kind == "conv":
         y = np.moveaxis(missing, 1, -1).reshape(-1, missing.shape[1])
         y = y[evenly(count, len(y))]
         if not weights or site.operator.group > 1:
-            return np.zeros((len(y), 0)), y
+            return np.zeros((len(y), 0)), y, np.zeros(len(y), bool)
         x = patches(read, site.operator, count)
-        return x.reshape(len(x), -1), y
+        return x.reshape(len(x), -1), y, np.zeros(len(y), bool)
     x, y = read.reshape(-1, read.shape[-1]), missing.reshape(-1, missing.shape[-1])
     places = np.arange(len(y))
     if mask is not None and missing.ndim > 2 and missing.shape[: mask.ndim] == mask.shape:
         places = np.flatnonzero(np.broadcast_to(mask.reshape(-1, 1) != 0, (mask.size, len(y) // mask.size)))
-    places = places[evenly(count, len(places))]
+    length = missing.shape[-2] if missing.ndim > 2 else 0
+    first = places[places % length == 0] if length > 1 else places[:0]
+    places = np.union1d(first, places[evenly(count, len(places))])
+    leads = np.isin(places, first)
     if not weights:
-        return np.zeros((len(places), len(y[0]) if site.role == "norm" else 0)), y[places]
-    return x[places], y[places]
+        return np.zeros((len(places), len(y[0]) if site.role == "norm" else 0)), y[places], leads
+    return x[places], y[places], leads
 
 
 def _repairs(site: RepairSite, found: Correction, program: Program) -> Iterator[Repair]:

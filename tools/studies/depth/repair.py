@@ -76,7 +76,7 @@ def study(case: Case, most: int, ways: Sequence[str], progress: Callable[[str], 
         for way in ways:
             start = time.perf_counter()
             made = compensate(
-                program, changed, splits.calibration, stands_for=replaced(some), how=WAYS[way], threads=1
+                program, changed, splits.calibration, stands_for=replaced(some), how=WAYS[way], divergence=divergence, threads=1
             )
             seconds = time.perf_counter() - start
             row[way] = scores(made.program) | {
