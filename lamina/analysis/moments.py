@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,8 +35,9 @@ class Moments:
     @staticmethod
     def empty(width: int, height: int, *, diagonal: bool = False) -> Moments:
         """No tokens yet, of x ``[width]`` and y ``[height]``; a diagonal map has equal widths."""
-        shapes = ((width,), (width,)) if diagonal else ((width, width), (width, height))
-        return Moments(0.0, np.zeros(width), np.zeros(height), *map(np.zeros, shapes), np.zeros(height))
+        gram, cross = ((width,), (width,)) if diagonal else ((width, width), (width, height))
+        first, second = np.zeros(width), np.zeros(height)
+        return Moments(0.0, first, second, np.zeros(gram), np.zeros(cross), np.zeros(height))
 
     @property
     def diagonal(self) -> bool:
@@ -108,6 +109,10 @@ class Correction:
     ridge: float
     before: float
     after: float
+
+    def times(self, share: float) -> Correction:
+        """A share of it; the errors stay those of the whole."""
+        return replace(self, matrix=share * self.matrix, offset=share * self.offset)
 
 
 def ridge_correction(

@@ -7,18 +7,20 @@ as changed *and repaired so far* and on what the original had in its place (two 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import onnx_ir as ir
 
 from lamina.analysis.instrument import feeds_of, fixed_batch
+from lamina.analysis.matching import in_batches, is_held, places_of
 from lamina.analysis.moments import RIDGES, Correction, Moments, ridge_correction
+from lamina.analysis.needs import DEFAULT_MASK
 from lamina.analysis.operators import constant, evenly, patches
-from lamina.analysis.statistics import DEFAULT_MASK
 from lamina.analysis.stream import Stream
 from lamina.data import Dataset
-from lamina.errors import DataError, PassError
+from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes.pass_ import Refusal
@@ -27,8 +29,6 @@ from lamina.passes.repair_sites import NAME, RepairSite, repair_sites
 from lamina.quality import Metric, get_metric
 
 ROLES = ("norm", "writer", "reader")
-# Every so many batches one is held out; its tokens choose the ridge and whether to change anything.
-_HOLD_OUT = 4
 # Squared error that is rounding: nothing to repair.
 _ROUNDING = 1e-12
 
@@ -45,6 +45,7 @@ class Compensation:
         rows: Calibration rows looked at.
         tokens: Input vectors or windows of each operator, over all rows.
         ridges: Penalties to choose from, relative to the mean variance of what an operator reads.
+        shares: How much of a correction is made, to choose from (qep's alpha).
         leads: Shares of the weight that a sequence's first token gets, to choose from; None: as every other.
             Of a class token alone the output may be made.
     """
@@ -55,6 +56,7 @@ class Compensation:
     rows: int = 256
     tokens: int = 8192
     ridges: tuple[float, ...] = RIDGES
+    shares: tuple[float, ...] = (1.0, 0.5)
     leads: tuple[float | None, ...] = (None, 0.5)
 
     def __post_init__(self) -> None:
@@ -108,7 +110,8 @@ def compensate(
 
     Mean-to-bias: the mean of what is missing goes into the operator's bias. Least squares: its weight is
     fitted by ridge regression, pulled towards the one it has. Held-out calibration batches choose the ridge,
-    and whether the outputs come nearer to the original's: what does not help them is left alone. Names, shapes and dtypes stay; without ``add_biases`` so do bytes and time.
+    and whether the outputs come nearer to the original's: what does not help them is left alone. Names,
+    shapes and dtypes stay; without ``add_biases`` so do bytes and time.
 
     Args:
         original: What the change was made to.
@@ -125,10 +128,10 @@ def compensate(
         BackendError: ONNX Runtime refuses a program.
     """
     how = how or Compensation()
-    data = _batches(changed, dataset, how)
+    data = in_batches(changed, dataset, how.rows)
     first = next(data.batches())
-    pair = [observed_shapes(p, feeds_of(p, first)) for p in (changed, original)]
-    found = list(repair_sites(original, changed, *pair, stands_for))
+    shapes, before = (observed_shapes(p, feeds_of(p, first)) for p in (changed, original))
+    found = list(repair_sites(original, changed, shapes, before, stands_for))
     sites = [s for s in found if isinstance(s, RepairSite) and _usable(s, how)]
     repairs: list[Repair] = []
     fitted: list[Fitted] = []
@@ -147,8 +150,8 @@ def compensate(
         pairs = zip(batches, targets, streams[1].run(current, values, settled), strict=True)
         sums = _moments(wave, pairs, how)
         best: list[tuple[RepairSite, Correction]] = []
-        for lead in how.leads:
-            made = _corrections(wave, sums, lead, how)
+        for lead, share in product(how.leads, how.shares):
+            made = [(s, c.times(share)) for s, c in _corrections(wave, sums, lead, how)]
             fresh = [r for s, c in made for r in _repairs(s, c, current)]
             repaired = apply_repairs(current, fresh)
             if fresh and trial.better(repaired):
@@ -167,23 +170,6 @@ def compensate(
 def _usable(site: RepairSite, how: Compensation) -> bool:
     shifts = site.bias is not None or (how.add_biases and site.addable)
     return site.role in how.roles and (how.weights or shifts)
-
-
-def _batches(program: Program, dataset: Dataset, how: Compensation) -> Dataset:
-    """The samples that are looked at, in batches small enough that some can be held out."""
-    samples = min(dataset.samples, max(1, how.rows // dataset.group))
-    # Evenly over all of them: data sets come sorted by length or class.
-    data = dataset.rows(evenly(samples, dataset.samples))
-    size = fixed_batch(program)
-    if size is None:
-        size = max(1, min(dataset.batch_size, len(data) // (2 * _HOLD_OUT)))
-    data = replace(data, batch_size=max(size, data.group))
-    if len(data) < 2 * size:
-        raise DataError(
-            f"{len(data)} calibration rows do not fill two batches of {size}",
-            advice="give more calibration samples: one batch fits, another one checks the fit",
-        )
-    return data
 
 
 def _waves(program: Program, sites: Sequence[RepairSite]) -> Iterator[list[RepairSite]]:
@@ -224,7 +210,7 @@ class _Trial:
         self, original: Program, batches: Sequence[Dataset], streams: tuple[Stream, Stream], metric: Metric
     ) -> None:
         self._metric, self._stream, self._batches = metric, streams[1], batches
-        self._numbers = [i for i in range(len(batches)) if _held(i)]
+        self._numbers = [i for i in range(len(batches)) if is_held(i)]
         self._outputs = [port.name for port in original.outputs]
         self._reference = list(streams[0].finish(original, self._outputs, self._numbers))
         self._best = float("inf")
@@ -245,10 +231,6 @@ class _Trial:
             return False
         self._best = found
         return True
-
-
-def _held(number: int) -> bool:
-    return number % _HOLD_OUT == 1
 
 
 # Site -> moments of (fitted, held-out) tokens, of (first, other) tokens of a sequence each.
@@ -273,7 +255,7 @@ def _moments(
                 shape, diagonal = (x.shape[1], y.shape[1]), site.role == "norm"
                 a, b, c, d = (Moments.empty(*shape, diagonal=diagonal) for _ in range(4))
                 sums[site.node] = (a, b), (c, d)
-            part = sums[site.node][_held(number)]
+            part = sums[site.node][is_held(number)]
             part[0].add(x[first], y[first])
             part[1].add(x[~first], y[~first])
     return sums
@@ -312,7 +294,8 @@ def _tokens(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``[n, in]``, ``[n, out]``, and which are a sequence's first: evenly spaced tokens, no padding.
 
-    At most ``count``, and the first tokens. Where only biases are fitted, and for grouped convolutions, ``in`` is 0.
+    At most ``count``, and the first tokens. Where only biases are fitted, and for grouped convolutions, ``in``
+    is 0.
     """
     if site.operator is not None and site.operator.kind == "conv":
         y = np.moveaxis(missing, 1, -1).reshape(-1, missing.shape[1])
@@ -322,10 +305,8 @@ def _tokens(
         x = patches(read, site.operator, count)
         return x.reshape(len(x), -1), y, np.zeros(len(y), bool)
     x, y = read.reshape(-1, read.shape[-1]), missing.reshape(-1, missing.shape[-1])
-    places = np.arange(len(y))
-    if mask is not None and missing.ndim > 2 and missing.shape[: mask.ndim] == mask.shape:
-        places = np.flatnonzero(np.broadcast_to(mask.reshape(-1, 1) != 0, (mask.size, len(y) // mask.size)))
     length = missing.shape[-2] if missing.ndim > 2 else 0
+    places = places_of(missing.shape, mask, len(y), len(y))
     first = places[places % length == 0] if length > 1 else places[:0]
     places = np.union1d(first, places[evenly(count, len(places))])
     leads = np.isin(places, first)

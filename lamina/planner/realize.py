@@ -12,7 +12,7 @@ from lamina.ir.program import Program
 from lamina.passes import get_transform
 from lamina.passes.fold import apply_named
 from lamina.passes.pass_ import Site
-from lamina.planner.apply import apply_drops, apply_rest
+from lamina.planner.apply import apply_drops, apply_rest, removes
 from lamina.planner.plan import Move, Plan
 
 
@@ -43,10 +43,10 @@ def realize(
         target: Where the result runs.
     """
     dropped = apply_drops(folded, moves)
-    rest = [m for m in moves if m.option.name != "drop"]
+    rest = [m for m in moves if not removes(m)]
     if len(rest) < len(moves) and calibration is not None:
         rest = _recalibrate(dropped, rest, calibration, target)
-    final = tuple(m for m in moves if m.option.name == "drop") + tuple(rest)
+    final = tuple(m for m in moves if removes(m)) + tuple(rest)
     return Realized(apply_rest(dropped, final), replace(plan, moves=final))
 
 

@@ -57,14 +57,17 @@ def study(case: Case, most: int, ways: Sequence[str], progress: Callable[[str], 
     divergence = get_metric(metric.divergence, program)
     order, moves = greedy(program, splits.selection, divergence, most, progress)
     run = _run(program)
-    outputs = {part: reference_outputs(run, getattr(splits, part)) for part in ("selection", "report")}
+    references = {part: reference_outputs(run, getattr(splits, part)) for part in ("selection", "report")}
 
     def scores(changed: Program) -> dict[str, Any]:
         changed_run, found = _run(changed), {}
-        for part, reference in outputs.items():
+        for part, reference in references.items():
             data = getattr(splits, part)
-            found[part] = metric.score(evaluate(changed_run, data, metric, reference))
-            found[f"{part}_divergence"] = divergence.score(evaluate(changed_run, data, divergence, reference))
+            outputs = reference_outputs(changed_run, data)
+            for name, judge in ((part, metric), (f"{part}_divergence", divergence)):
+                replay = iter(outputs)
+                features = evaluate(lambda _, r=replay: next(r), data, judge, reference)  # type: ignore[misc]
+                found[name] = judge.score(features)
         return found
 
     original = scores(program)
@@ -76,7 +79,13 @@ def study(case: Case, most: int, ways: Sequence[str], progress: Callable[[str], 
         for way in ways:
             start = time.perf_counter()
             made = compensate(
-                program, changed, splits.calibration, stands_for=replaced(some), how=WAYS[way], divergence=divergence, threads=1
+                program,
+                changed,
+                splits.calibration,
+                stands_for=replaced(some),
+                how=WAYS[way],
+                divergence=divergence,
+                threads=1,
             )
             seconds = time.perf_counter() - start
             row[way] = scores(made.program) | {
@@ -137,9 +146,7 @@ def greedy(
 
     genome, order = list(space.nothing), []
     for _ in range(min(most, len(genome))):
-        left = [
-            i for i, gene in enumerate(genome) if not gene and not space.dropped(genome, i)
-        ]
+        left = [i for i, gene in enumerate(genome) if not gene and not space.dropped(genome, i)]
         harm = {i: score((*genome[:i], 1, *genome[i + 1 :])) for i in left}
         best = min(harm, key=lambda i: harm[i])
         genome[best] = 1
