@@ -6,6 +6,7 @@ as changed *and repaired so far* and on what the original had in its place (two 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -104,6 +105,7 @@ def compensate(
     how: Compensation | None = None,
     divergence: Metric | None = None,
     threads: int | None = None,
+    seconds: float = float("inf"),
     progress: Callable[[int, int], None] | None = None,
 ) -> Compensated:
     """Refit what follows a change so that its outputs match the original's on calibration data.
@@ -121,6 +123,7 @@ def compensate(
         how: Options.
         divergence: Says how far outputs are from the original's; chosen by the outputs when None.
         threads: Threads of a run; all available cores when None.
+        seconds: Time after which no further operator is visited; what was repaired by then stays.
         progress: Called with operators done and operators in all.
 
     Raises:
@@ -142,7 +145,10 @@ def compensate(
     entries = {n.name: [v.name or "" for v in n.inputs if v is not None] for n in changed.graph}
     trial = _Trial(original, batches, streams, divergence or get_metric(None, original))
     trial.better(changed)
+    start = time.perf_counter()
     for wave in _waves(changed, sites):
+        if time.perf_counter() - start > seconds:
+            break
         names = [s.target for s in wave]
         targets = streams[0].run(original, names, names)
         values = dict.fromkeys(v for s in wave for v in (s.read, s.value))
@@ -294,8 +300,8 @@ def _tokens(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """``[n, in]``, ``[n, out]``, and which are a sequence's first: evenly spaced tokens, no padding.
 
-    At most ``count``, and the first tokens. Where only biases are fitted, and for grouped convolutions, ``in``
-    is 0.
+    At most ``count``, and the first tokens. Where only biases are fitted, and for grouped convolutions,
+    ``in`` is 0.
     """
     if site.operator is not None and site.operator.kind == "conv":
         y = np.moveaxis(missing, 1, -1).reshape(-1, missing.shape[1])

@@ -13,6 +13,7 @@ from lamina.ir.io import serialized_size
 from lamina.planner.builder import Builder, Finalist
 from lamina.planner.costs import fit_scales
 from lamina.planner.judge import Judge, Verdict
+from lamina.planner.mend import mend
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
 from lamina.planner.search import Candidate, Goal, Search
@@ -80,7 +81,7 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         finalist = _next(request, builder, search, limit)
         if finalist is None:
             break
-        verdict = judge.score(finalist)
+        verdict = judge.score(mend(request, builder, finalist))
         if verdict.damage <= allowed:
             return verdict
         failed = verdict

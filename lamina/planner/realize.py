@@ -12,6 +12,7 @@ from lamina.ir.program import Program
 from lamina.passes import get_transform
 from lamina.passes.fold import apply_named
 from lamina.passes.pass_ import Site
+from lamina.passes.repair import apply_repairs
 from lamina.planner.apply import apply_drops, apply_rest, removes
 from lamina.planner.plan import Move, Plan
 
@@ -51,9 +52,10 @@ def realize(
 
 
 def reproduce(captured: Program, plan: Plan) -> Program:
-    """Apply a whole plan to a captured program: folds, drops, the other moves, finishing passes."""
+    """Apply a whole plan to a captured program: folds, drops, the other moves, repairs, finishing passes."""
     program = apply_named(captured, plan.folds)
     program = apply_rest(apply_drops(program, plan.moves), plan.moves)
+    program = apply_repairs(program, plan.repairs)
     return apply_named(program, plan.finishing)
 
 

@@ -149,7 +149,7 @@ def test_where_nothing_changed_nothing_is_repaired() -> None:
 
 
 def test_noise_is_left_alone() -> None:
-    """Held-out outputs decide: a random branch of random data leaves little to learn, and nothing gets worse."""
+    """Held-out outputs decide: of few random data there is little to learn, and nothing gets worse."""
     program = _net(lambda net, x: net.mlp(x))
     changed, made = _repaired(program, Compensation(rows=16))
     assert _difference(program, made.program) < 1.02 * _difference(program, changed)
