@@ -13,10 +13,16 @@ from lamina.planner.apply import removes
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
+from lamina.planner.search import Search
 from lamina.quality import evaluate, get_metric
 
 # Share of the search's time that one compensation may take.
 _SHARE = 0.5
+# Plans that miss the drop bound are compensated up to so many times it, and so many of them.
+_REACH = 3.0
+_TRIES = 2
+# Sums of divergences such plans are looked for at, in those of the best feasible plan.
+_BEYOND = (1.4, 2.0, 3.0)
 
 
 def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
@@ -52,6 +58,41 @@ def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
     mended = replace(finalist, realized=replace(realized, program=made.program, plan=plan))
     builder.done[genome] = mended
     return mended
+
+
+def reach(request: Request, builder: Builder, search: Search) -> None:
+    """Compensate the best plans that miss the drop bound a little; those that then hold it are feasible.
+
+    Looked at are the plans cheaper than the best feasible one, as predicted, whose damage on selection data
+    is at most :data:`_REACH` times what is allowed.
+    """
+    goal, costs = search.goal, builder.prepared.costs
+    allowed = goal.allowed_damage
+    if not 0 < allowed < float("inf") or goal.minimize == "damage":
+        return
+    best = search.best()
+    limit = float("inf") if best is None else costs.predict(best.genome)[goal.minimize]
+    search.beyond(_BEYOND)
+    relaxed = replace(goal, allowed_damage=_REACH * allowed)
+    near = [
+        c
+        for c in search.archive.values()
+        if c.feasible(relaxed)
+        and not c.feasible(goal)
+        and builder.usable(c.genome)
+        and c.genome not in builder.mended
+        and costs.predict(c.genome)[goal.minimize] < limit
+    ]
+    near.sort(key=lambda c: costs.predict(c.genome)[goal.minimize])
+    for finalist in builder.finish(near[:_TRIES], seconds=1.5 * (_TRIES + 1)):
+        mended = mend(request, builder, finalist)
+        told = builder.mended.get(finalist.candidate.genome)
+        if told is None or not told.kept:
+            continue
+        score = replace(finalist.candidate.score, damage=told.after)
+        candidate = replace(finalist.candidate, score=score)
+        search.archive[candidate.genome] = candidate
+        builder.done[candidate.genome] = replace(mended, candidate=candidate)
 
 
 def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:

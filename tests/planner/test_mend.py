@@ -27,7 +27,7 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def _optimize(budget: str, transforms: list[str]) -> lamina.Result:
+def _optimize(budget: str, transforms: list[str], **options: Any) -> lamina.Result:
     x = np.random.default_rng(1).normal(size=(240, 6, WIDTH)).astype(np.float32)
     return lamina.optimize(
         stacked(6).model,
@@ -38,6 +38,7 @@ def _optimize(budget: str, transforms: list[str]) -> lamina.Result:
         workload="1x6",
         seconds=4,
         seed=0,
+        **options,
     )
 
 
@@ -83,6 +84,15 @@ def test_what_replaces_a_branch_stands_for_its_sum() -> None:
     node.outputs[0].name = "add0_matched_bias_out"
     assert standing([Move(site, Option("full"))], renamed) == {"add0_matched_bias_out": "add0_out"}
     assert standing([Move(site, Option("bias"))], program) == {"x": "add0_out"}
+
+
+def test_a_plan_that_misses_the_bound_a_little_is_repaired_into_it(dropped: lamina.Result) -> None:
+    told = dropped.evidence["compensation"]
+    bound = (told["before"] + told["after"]) / 2 * 1.05
+    result = _optimize(f"size<=0.95x, drop<={bound:.4f}", ["drop"], minimize="size")
+    assert result.evidence["compensation"]["kept"]
+    assert result.evidence["compensation"]["before"] > bound
+    assert result.evidence["damage"] <= bound
 
 
 def _bytes(model: ir.Model) -> bytes:
