@@ -71,3 +71,19 @@ def test_a_diagonal_map_scales_each_channel() -> None:
     found = ridge_correction(*parts, offset=True)
     assert found is not None
     np.testing.assert_allclose(found.matrix, scale, atol=1e-3)
+
+
+def test_two_streams_give_the_formula_of_qep() -> None:
+    """W + W (X0 - X) X' (X X' + damp)^-1, arXiv:2504.09629, without an offset."""
+    rng = np.random.default_rng(4)
+    original = rng.normal(size=(2000, 6))
+    changed = original @ (np.eye(6) + 0.2 * rng.normal(size=(6, 6))) + 0.1 * rng.normal(size=(2000, 6))
+    weight = rng.normal(size=(4, 6))
+    missing = (original - changed) @ weight.T
+    parts = [_moments(changed[rows], missing[rows]) for rows in (slice(1500), slice(1500, None))]
+    found = ridge_correction(*parts, offset=False, ridges=(0.01,))
+    assert found is not None
+    x, x0 = changed[:1500].T, original[:1500].T
+    damp = 0.01 * np.trace(x @ x.T) / 6
+    expected = weight @ (x0 - x) @ x.T @ np.linalg.inv(x @ x.T + damp * np.eye(6))
+    np.testing.assert_allclose(found.matrix, expected, rtol=1e-7, atol=1e-10)
