@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+# The mask that is found by itself: zero where a token is padding.
+DEFAULT_MASK = "attention_mask"
+
 
 class Need(Enum):
     """One streaming statistic. A run collects the union of what its metrics need and no more.

@@ -21,7 +21,8 @@ from lamina.analysis.instrument import (
     fixed_batch,
     require_finite,
 )
-from lamina.analysis.needs import Looks, Need
+from lamina.analysis.matching import Match
+from lamina.analysis.needs import DEFAULT_MASK, Looks, Need
 from lamina.analysis.operators import WeightedOperator
 from lamina.analysis.residual import BranchProbe, BranchStatistics
 from lamina.analysis.sampling import BatchView
@@ -32,8 +33,6 @@ from lamina.errors import DataError
 from lamina.ir.program import Program
 
 __all__ = ["BranchProbe", "BranchStatistics", "RangeStatistics", "Statistics", "collect", "collect_phases"]
-
-DEFAULT_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,8 @@ class Statistics:
             but put in with ``dataclasses.replace`` (:mod:`lamina.analysis.single_site` measures them).
         skips: Branch -> later depth -> effect of skipping the branch.
         pairs: ``"a | b"`` -> damage of changing both sites less that of each.
+        matches: Branch -> moments of what enters it and what it adds; like ``damages`` put in
+            (:func:`lamina.analysis.matching.collect_matches`).
         losses: float64 ``[rows]``: loss of each row of the data in low bits, or of another change.
     """
 
@@ -73,6 +74,7 @@ class Statistics:
     damages: Mapping[str, float] = field(default_factory=dict)
     skips: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     pairs: Mapping[str, float] = field(default_factory=dict)
+    matches: Mapping[str, Match] = field(default_factory=dict)
     losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
     views: Mapping[str, Invariance] = field(default_factory=dict)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -61,6 +61,34 @@ def cut(
     reads = {f"lamina_cut_{i}": known[v] for i, v in enumerate(border)}
     inputs = {v.name or "": f"lamina_cut_{i}" for i, v in enumerate(border)}
     return Suffix(reads, {label: v.name or "" for label, v in makes.items()}, keeps, size, changed, inputs)
+
+
+def open_after(
+    program: Program, known: Collection[str], wanted: Collection[str]
+) -> tuple[Program, dict[str, str]]:
+    """The part of a program that makes ``wanted`` from values that are known already.
+
+    Args:
+        program: The program; left as it is.
+        known: Names of values somebody has; those of unknown type are computed all the same.
+        wanted: Names of values to make.
+
+    Returns:
+        The part, its outputs named as in the program, and its inputs: their name -> the known value fed.
+    """
+    values = {v.name or "": v for n in program.graph for v in n.outputs}
+    makes = {name: values[name] for name in wanted if name in values}
+    had = {v: n for n, v in values.items() if n in known}
+    had |= {v: v.name or "" for v in program.graph.inputs if v.name in known}
+    border, _ = _border(program.graph, set(makes.values()), had)
+    labels = {v.name or "": f"lamina_cut_{i}" for i, v in enumerate(border)}
+    return _open_at(program, labels, list(makes)), {label: name for name, label in labels.items()}
+
+
+def activation_reads(graph: ir.Graph) -> dict[ir.Node, list[ir.Value]]:
+    """Node -> the values it reads that depend on an input, through its subgraphs too."""
+    constant = _constants(graph)
+    return {node: [v for v in _reads(node) if v not in constant] for node in graph}
 
 
 def _border(
