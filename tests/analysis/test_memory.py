@@ -13,7 +13,7 @@ from memory_child import BATCH, LAYERS, TOKENS, WIDTH
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB there"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
 ACTIVATION = BATCH * TOKENS * WIDTH * 4
