@@ -323,7 +323,9 @@ def constant_of_shape(relation: Relation) -> None:
 
 def shape_of(relation: Relation) -> None:
     """Shape: reads no channels; what it says is restored when its input shrinks."""
-    relation.aside(relation.input(0), relation.output(0))
+    relation.aside(relation.output(0))
+    for axis in range(len(relation.shape(relation.input(0)) or ())):
+        relation.free(relation.input(0), axis)
 
 
 def triangle(relation: Relation) -> None:

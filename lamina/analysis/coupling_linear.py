@@ -143,13 +143,13 @@ def recurrent(relation: Relation) -> None:
     if int_attribute(relation.node, "layout"):
         relation.freeze_all("batch-first recurrent operators are not analyzed")
         return
-    relation.aside(relation.input(4))
     x, w, r = (relation.input(i) for i in range(3))
-    time, batch, width = relation.shape(x) or (1, 1, 1)
+    _, batch, width = relation.shape(x) or (1, 1, 1)
     hidden = (relation.shape(r) or (1, 1, 1))[2]
-    t, b, i, h = (relation.atom(n) for n in (time, batch, width, hidden))
-    for axis, atom in enumerate((t, b, i)):
-        relation.tie(x, axis, atom)
+    b, i, h = (relation.atom(n) for n in (batch, width, hidden))
+    relation.tie(x, 1, b)
+    relation.tie(x, 2, i)
+    relation.tie(relation.input(4), 0, b)
     relation.tie(w, 2, i, role="in")
     relation.tie(r, 2, h, role="in")
     for value in (w, r, relation.input(3), relation.input(7)):
@@ -158,9 +158,8 @@ def recurrent(relation: Relation) -> None:
     for value in (relation.input(5), relation.input(6), *relation.node.outputs[1:]):
         relation.tie(value, 1, b)
         relation.tie(value, 2, h)
-    y = relation.output(0)
-    for axis, atom in ((0, t), (2, b), (3, h)):
-        relation.tie(y, axis, atom)
+    relation.tie(relation.output(0), 2, b)
+    relation.tie(relation.output(0), 3, h)
     relation.contract(x, 2)
     relation.contract(r, 2)
 
@@ -169,7 +168,7 @@ def attention(relation: Relation) -> None:
     """Attention of ONNX, MultiHeadAttention, GroupQueryAttention: whole heads, queries grouped by key head.
 
     q is (key head, query head of it, width), k and v are (key head, width), packed in the last axis or apart.
-    Caches, masks and biases are tied on the axis of heads where they have it in full.
+    Caches and masks are tied on the axis of heads where they have it in full.
     """
     node = relation.node
     packed = len(relation.shape(relation.input(0)) or ()) == 3
@@ -187,7 +186,7 @@ def attention(relation: Relation) -> None:
     ):
         relation.freeze_all("this form of attention is not analyzed")
         return
-    group, member, batch = relation.atom(keys), relation.atom(queries // keys), relation.atom(q[0])
+    group, member = relation.atom(keys), relation.atom(queries // keys)
     made = relation.shape(relation.output(0)) or q
     for value, shape, heads in (
         (relation.input(0), q, (group, member)),
@@ -197,14 +196,12 @@ def attention(relation: Relation) -> None:
     ):
         count = queries if len(heads) > 1 else keys
         _heads_of(relation, value, heads, shape[-1] // count if packed else None)
-        relation.tie(value, 0, batch)
     past, mask = _ATTENTION_INPUTS[node.op_type]
     for value in (relation.input(past), relation.input(past + 1), *node.outputs[1:3]):
-        relation.tie(value, 0, batch)
         relation.tie(value, 1, group)
-    if mask is not None and len(relation.shape(relation.input(mask)) or ()) == 4:
-        relation.tie(relation.input(mask), 0, batch)
-        relation.split(relation.input(mask), 1, (group, member))
+    rank = 0 if mask is None else len(relation.shape(relation.input(mask)) or ())
+    if mask is not None and rank > 2:
+        relation.split(relation.input(mask), rank - 3, (group, member))
 
 
 _ATTENTION_INPUTS: dict[str, tuple[int, int | None]] = {

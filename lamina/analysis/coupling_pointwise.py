@@ -81,7 +81,7 @@ def lp_normalization(relation: Relation) -> None:
 
 def along(relation: Relation) -> None:
     """CumSum, Hardmax, TopK, ArgMax, ArgMin: what happens along their axis depends on its order or place."""
-    node, x, out = relation.node, relation.input(0), relation.output(0)
+    node, x = relation.node, relation.input(0)
     relation.aside(*node.inputs[1:])
     default = 0 if node.op_type in ("ArgMax", "ArgMin") else -1
     given = constant(relation.input(1)) if node.op_type == "CumSum" else None
@@ -103,7 +103,6 @@ def along(relation: Relation) -> None:
         for value in node.outputs:
             if relation.shape(value):
                 relation.freeze(value, axis, "results depend on places along this axis")
-    relation.aside(out if not relation.shape(out) else None)
 
 
 def reduce(relation: Relation) -> None:
@@ -160,6 +159,9 @@ def batch_normalization(relation: Relation) -> None:
     atoms = broadcast(relation, relation.node.inputs[:1], relation.output(0))
     for value in relation.node.inputs[1:]:
         relation.tie(value, 0, atoms[1], role="scale")
+    if relation.node.op_type == "InstanceNormalization":
+        for axis in range(2, len(atoms)):
+            relation.note(relation.input(0), axis, _COUNTED)
 
 
 def layer_normalization(relation: Relation) -> None:

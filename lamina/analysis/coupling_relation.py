@@ -74,7 +74,6 @@ class Relation:
     contracted: list[Axis] = field(default_factory=list)
     inexact: dict[Axis, str] = field(default_factory=dict)
     _said: set[Axis] = field(default_factory=set)
-    _aside: set[str] = field(default_factory=set)
 
     # -- what a rule reads --------------------------------------------------------------------------
 
@@ -170,8 +169,10 @@ class Relation:
             self._say(value, axis, len(self.shape(value) or ()), None)
 
     def aside(self, *values: ir.Value | None) -> None:
-        """Say that these are shapes, bounds or scalars: no channels."""
-        self._aside.update(v.name for v in values if v is not None and v.name)
+        """Say that these are shapes, bounds or scalars: no channels, and never cut."""
+        for value in values:
+            for axis in range(len(self.shape(value) or ())):
+                self.freeze(value, axis, "it says sizes or places")
 
     def contract(self, value: ir.Value | None, axis: int) -> None:
         """Say that an axis is summed over."""
@@ -193,8 +194,6 @@ class Relation:
     def finish(self) -> Relation:
         """Freeze what the rule said nothing of."""
         for value in self._values():
-            if value.name in self._aside:
-                continue
             for axis in range(len(self.shape(value) or ())):
                 if (value.name or "", axis) not in self._said:
                     self.freeze(value, axis, f"no channels on axis {axis} of '{value.name}'")
