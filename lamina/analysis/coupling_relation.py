@@ -9,7 +9,7 @@ nothing of is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.analysis.flops import Tensors
+from lamina.ir.names import subgraphs
 
 Axis = tuple[str, int]
 Role = Literal["out", "in", "bias", "scale", "table", "channelwise", "activation"]
@@ -116,6 +117,18 @@ class Relation:
         at = np.arange(shape[axis]) if positions is None else positions
         self.ties.append(Tie(key, atom, at, at if index is None else index))
 
+    def through(self, values: Sequence[ir.Value | None], axes: Iterable[int]) -> None:
+        """Tie these axes of all values one to one, each axis to an index variable of its own.
+
+        Args:
+            values: The first gives the sizes.
+            axes: Not negative.
+        """
+        for axis in axes:
+            atom = self.atom((self.shape(values[0]) or ())[axis])
+            for value in values:
+                self.tie(value, axis, atom)
+
     def split(
         self,
         value: ir.Value | None,
@@ -207,8 +220,6 @@ class Relation:
         return key
 
     def _values(self) -> list[ir.Value]:
-        from lamina.ir.names import subgraphs
-
         values = [v for v in (*self.node.inputs, *self.node.outputs) if v is not None and v.name]
         for graph in subgraphs(self.node):
             values += [v for n in graph.all_nodes() for v in n.inputs if v is not None and v.name]
@@ -221,21 +232,3 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
-
-
-def int_attribute(node: ir.Node, name: str, default: int = 0) -> int:
-    """An integer attribute."""
-    found = node.attributes.get(name)
-    return default if found is None else found.as_int()
-
-
-def ints_attribute(node: ir.Node, name: str) -> list[int] | None:
-    """A list of integers; None where it is absent."""
-    found = node.attributes.get(name)
-    return None if found is None else list(found.as_ints())
-
-
-def text_attribute(node: ir.Node, name: str, default: str) -> str:
-    """A text attribute."""
-    found = node.attributes.get(name)
-    return default if found is None else found.as_string()
