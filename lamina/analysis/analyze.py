@@ -34,6 +34,8 @@ class PartResult(TypedDict):
         macs: Multiply-adds among them.
         bytes_moved: Sum over its operators of what each reads and writes, weights included.
         bytes_crossing: What crosses its border: the least it moves if all of it is fused.
+        peak_activation_bytes: Most bytes of activations alive while one of its operators runs, those that
+            pass by included.
         intensity: FLOP/byte, of what its operators move; None where nothing moves.
         bound: ``compute`` or ``memory``, under the target's measured roof; None without a target.
         roof_share: Attainable over measured time (:func:`lamina.analysis.roofline.roof_share`); None where
@@ -50,6 +52,7 @@ class PartResult(TypedDict):
     macs: int
     bytes_moved: int
     bytes_crossing: int
+    peak_activation_bytes: int
     intensity: float | None
     bound: str | None
     roof_share: float | None
@@ -188,6 +191,7 @@ class _Parts:
             macs=sum(c.macs for c in costs),
             bytes_moved=moved,
             bytes_crossing=crossing_bytes([self._nodes[n] for n in (*nodes, *joins)], self._tensors),
+            peak_activation_bytes=max(c.live_bytes for c in costs),
             intensity=intensity(flops, moved),
             bound=None if place is None else place.bound,
             roof_share=roof_share(place, latency),
