@@ -12,6 +12,7 @@ from lamina.analysis.instrument import feeds_of
 from lamina.analysis.metrics import FORWARD_METRICS
 from lamina.analysis.needs import union
 from lamina.analysis.profile import ProfileResult, profile
+from lamina.analysis.repeats import Repeat, repeated_operators
 from lamina.analysis.roofline import crossing_bytes, intensity, position, roof_share
 from lamina.analysis.statistics import BranchProbe, Statistics, collect
 from lamina.backends.backend import Target, Workload
@@ -42,7 +43,8 @@ class PartResult(TypedDict):
             not timed.
         latency_s: Seconds a run in ONNX Runtime's profiler; None where not timed.
         metrics: Metric name -> value; empty without data.
-        members: Branches of a block, nodes of a branch.
+        members: Branches of a block (its nodes where it holds no branches), nodes of a branch.
+        run: Blocks with the same number repeat one structure; None for other parts.
     """
 
     name: str
@@ -59,13 +61,14 @@ class PartResult(TypedDict):
     latency_s: float | None
     metrics: dict[str, float]
     members: list[str]
+    run: int | None
 
 
 class AnalysisResult(TypedDict):
     """JSON-able facts about a program.
 
     Attributes:
-        blocks: Repeating runs of branches.
+        blocks: Turns of repeating runs: of branches, then of operators that are in none.
         branches: Residual branches, in execution order.
         operators: Nodes, in execution order.
         totals: Flops, macs, parameters, bytes and peak activation memory of the whole.
@@ -122,6 +125,7 @@ def analyze(
     branches = [_branch(b, parts, rated) for b in found.branches]
     by_name = {b.name: (b, part) for b, part in zip(found.branches, branches, strict=True)}
     blocks = [_block(b, [by_name[n] for n in b.branches], parts, rated) for b in found.blocks]
+    blocks += [_repeat(r, parts, found) for r in repeated_operators(program.graph, found, costs.tensors)]
     totals = _totals(costs, times)
     return AnalysisResult(
         blocks=blocks,
@@ -167,6 +171,10 @@ class _Parts:
         self._costs = {o.name: o for o in costs.operators}
         self._tensors, self._times, self._roof = costs.tensors, times, roof
 
+    def parameters(self, nodes: Iterable[str]) -> int:
+        """Weight elements that nodes read; a weight that two of them share counts twice."""
+        return sum(self._costs[n].parameters for n in nodes)
+
     def part(
         self,
         name: str,
@@ -177,6 +185,7 @@ class _Parts:
         members: list[str],
         *,
         joins: Iterable[str] = (),
+        run: int | None = None,
     ) -> PartResult:
         """One part made of ``nodes``; ``joins`` are sums between them that a fused kernel would hold too."""
         costs = [self._costs[n] for n in nodes]
@@ -198,6 +207,7 @@ class _Parts:
             latency_s=latency,
             metrics=metrics,
             members=members,
+            run=run,
         )
 
 
@@ -217,7 +227,15 @@ def _block(
         rated.get(("branch", _block_key(block)), {}),
         list(block.branches),
         joins=[branch.add for branch, _ in branches],
+        run=block.run,
     )
+
+
+def _repeat(repeat: Repeat, parts: _Parts, found: BranchesResult) -> PartResult:
+    """A block of operators that are in no branch; it has no metrics, and its run follows the branches'."""
+    run = repeat.run + len({block.run for block in found.blocks})
+    parameters = parts.parameters(repeat.nodes)
+    return parts.part(repeat.name, "block", parameters, repeat.nodes, {}, list(repeat.nodes), run=run)
 
 
 def _rated(program: Program, statistics: Statistics) -> _Rated:
