@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from dataclasses import asdict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -71,6 +72,8 @@ class AnalysisResult(TypedDict):
         blocks: Turns of repeating runs: of branches, then of operators that are in none.
         branches: Residual branches, in execution order.
         operators: Nodes, in execution order.
+        roof: What the target reaches at best, which ``bound`` and ``roof_share`` compare with
+            (:class:`lamina.backends.roof.Roof`), taken beside other work where not ``quiet``; None without.
         totals: Flops, macs, parameters, bytes and peak activation memory of the whole.
         shapes: Input name -> shape that flops and latencies are for.
         skipped: Part -> why it has no metrics.
@@ -80,6 +83,7 @@ class AnalysisResult(TypedDict):
     blocks: list[PartResult]
     branches: list[PartResult]
     operators: list[PartResult]
+    roof: dict[str, Any] | None
     totals: dict[str, float]
     shapes: dict[str, list[int]]
     skipped: dict[str, str]
@@ -117,7 +121,8 @@ def analyze(
     if dataset is not None:
         statistics = collect(program, dataset, branches=_probes(found), needs=union(FORWARD_METRICS))
     rated = _rated(program, statistics)
-    parts = _Parts(program, costs, times, roof(target) if target is not None and timed else None)
+    limits = roof(target) if target is not None and timed else None
+    parts = _Parts(program, costs, times, limits)
     operators = [
         parts.part(o.name, o.kind, o.parameters, [o.name], rated.get(("operator", o.name), {}), [])
         for o in costs.operators
@@ -131,6 +136,7 @@ def analyze(
         blocks=blocks,
         branches=branches,
         operators=operators,
+        roof=None if limits is None else asdict(limits),
         totals=totals,
         shapes={name: list(array.shape) for name, array in feeds.items()},
         skipped=dict(statistics.skipped),
