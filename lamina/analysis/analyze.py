@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypedDict
+from dataclasses import asdict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from lamina.analysis.instrument import feeds_of
 from lamina.analysis.metrics import FORWARD_METRICS
 from lamina.analysis.needs import union
 from lamina.analysis.profile import ProfileResult, profile
+from lamina.analysis.repeats import Repeat, repeated_operators
 from lamina.analysis.roofline import crossing_bytes, intensity, position, roof_share
 from lamina.analysis.statistics import BranchProbe, Statistics, collect
 from lamina.backends.backend import Target, Workload
@@ -34,13 +36,16 @@ class PartResult(TypedDict):
         macs: Multiply-adds among them.
         bytes_moved: Sum over its operators of what each reads and writes, weights included.
         bytes_crossing: What crosses its border: the least it moves if all of it is fused.
+        peak_activation_bytes: Most bytes of activations alive while one of its operators runs, those that
+            pass by included.
         intensity: FLOP/byte, of what its operators move; None where nothing moves.
         bound: ``compute`` or ``memory``, under the target's measured roof; None without a target.
         roof_share: Attainable over measured time (:func:`lamina.analysis.roofline.roof_share`); None where
             not timed.
         latency_s: Seconds a run in ONNX Runtime's profiler; None where not timed.
         metrics: Metric name -> value; empty without data.
-        members: Branches of a block, nodes of a branch.
+        members: Branches of a block (its nodes where it holds no branches), nodes of a branch.
+        run: Blocks with the same number repeat one structure; None for other parts.
     """
 
     name: str
@@ -50,21 +55,25 @@ class PartResult(TypedDict):
     macs: int
     bytes_moved: int
     bytes_crossing: int
+    peak_activation_bytes: int
     intensity: float | None
     bound: str | None
     roof_share: float | None
     latency_s: float | None
     metrics: dict[str, float]
     members: list[str]
+    run: int | None
 
 
 class AnalysisResult(TypedDict):
     """JSON-able facts about a program.
 
     Attributes:
-        blocks: Repeating runs of branches.
+        blocks: Turns of repeating runs: of branches, then of operators that are in none.
         branches: Residual branches, in execution order.
         operators: Nodes, in execution order.
+        roof: What the target reaches at best, which ``bound`` and ``roof_share`` compare with
+            (:class:`lamina.backends.roof.Roof`), taken beside other work where not ``quiet``; None without.
         totals: Flops, macs, parameters, bytes and peak activation memory of the whole.
         shapes: Input name -> shape that flops and latencies are for.
         skipped: Part -> why it has no metrics.
@@ -74,6 +83,7 @@ class AnalysisResult(TypedDict):
     blocks: list[PartResult]
     branches: list[PartResult]
     operators: list[PartResult]
+    roof: dict[str, Any] | None
     totals: dict[str, float]
     shapes: dict[str, list[int]]
     skipped: dict[str, str]
@@ -111,7 +121,8 @@ def analyze(
     if dataset is not None:
         statistics = collect(program, dataset, branches=_probes(found), needs=union(FORWARD_METRICS))
     rated = _rated(program, statistics)
-    parts = _Parts(program, costs, times, roof(target) if target is not None and timed else None)
+    limits = roof(target) if target is not None and timed else None
+    parts = _Parts(program, costs, times, limits)
     operators = [
         parts.part(o.name, o.kind, o.parameters, [o.name], rated.get(("operator", o.name), {}), [])
         for o in costs.operators
@@ -119,11 +130,13 @@ def analyze(
     branches = [_branch(b, parts, rated) for b in found.branches]
     by_name = {b.name: (b, part) for b, part in zip(found.branches, branches, strict=True)}
     blocks = [_block(b, [by_name[n] for n in b.branches], parts, rated) for b in found.blocks]
+    blocks += [_repeat(r, parts, found) for r in repeated_operators(program.graph, found, costs.tensors)]
     totals = _totals(costs, times)
     return AnalysisResult(
         blocks=blocks,
         branches=branches,
         operators=operators,
+        roof=None if limits is None else asdict(limits),
         totals=totals,
         shapes={name: list(array.shape) for name, array in feeds.items()},
         skipped=dict(statistics.skipped),
@@ -164,6 +177,10 @@ class _Parts:
         self._costs = {o.name: o for o in costs.operators}
         self._tensors, self._times, self._roof = costs.tensors, times, roof
 
+    def parameters(self, nodes: Iterable[str]) -> int:
+        """Weight elements that nodes read; a weight that two of them share counts twice."""
+        return sum(self._costs[n].parameters for n in nodes)
+
     def part(
         self,
         name: str,
@@ -174,6 +191,7 @@ class _Parts:
         members: list[str],
         *,
         joins: Iterable[str] = (),
+        run: int | None = None,
     ) -> PartResult:
         """One part made of ``nodes``; ``joins`` are sums between them that a fused kernel would hold too."""
         costs = [self._costs[n] for n in nodes]
@@ -188,12 +206,14 @@ class _Parts:
             macs=sum(c.macs for c in costs),
             bytes_moved=moved,
             bytes_crossing=crossing_bytes([self._nodes[n] for n in (*nodes, *joins)], self._tensors),
+            peak_activation_bytes=max(c.live_bytes for c in costs),
             intensity=intensity(flops, moved),
             bound=None if place is None else place.bound,
             roof_share=roof_share(place, latency),
             latency_s=latency,
             metrics=metrics,
             members=members,
+            run=run,
         )
 
 
@@ -213,7 +233,15 @@ def _block(
         rated.get(("branch", _block_key(block)), {}),
         list(block.branches),
         joins=[branch.add for branch, _ in branches],
+        run=block.run,
     )
+
+
+def _repeat(repeat: Repeat, parts: _Parts, found: BranchesResult) -> PartResult:
+    """A block of operators that are in no branch; it has no metrics, and its run follows the branches'."""
+    run = repeat.run + len({block.run for block in found.blocks})
+    parameters = parts.parameters(repeat.nodes)
+    return parts.part(repeat.name, "block", parameters, repeat.nodes, {}, list(repeat.nodes), run=run)
 
 
 def _rated(program: Program, statistics: Statistics) -> _Rated:

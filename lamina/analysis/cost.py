@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.analysis.flops import Tensors, count_operations
-from lamina.analysis.roofline import VIEWS, operator_bytes, tensor_bytes
+from lamina.analysis.liveness import live_bytes
+from lamina.analysis.roofline import operator_bytes, tensor_bytes
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 
@@ -26,6 +27,8 @@ class OperatorCost:
         parameters: Elements of the trained weights it reads (a shared weight counts at each reader).
         weight_bytes: Their stored bytes.
         activation_bytes: Bytes of activations it reads and writes.
+        live_bytes: Bytes of activations alive while it runs, what it works on included
+            (:func:`lamina.analysis.liveness.live_bytes`).
         bytes_moved: What it reads and writes, weights included, when nothing is fused
             (:func:`lamina.analysis.roofline.operator_bytes`): a view moves nothing, Gather the rows it takes.
     """
@@ -38,6 +41,7 @@ class OperatorCost:
     weight_bytes: int
     activation_bytes: int
     bytes_moved: int = 0
+    live_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,7 @@ class CostResult:
         parameters: Weight elements; each weight counts once, however many operators read it.
         weight_bytes: Stored bytes of all weights, each once.
         peak_activation_bytes: Most bytes of activations alive at once when operators run in the program's
-            order: inputs live until their last use, outputs to the end, views share their source. A runtime
-            that works in place or fuses needs less.
+            order. A runtime that works in place or fuses needs less.
         operators: One entry a node, in order.
         estimated: Operator types without a rule, counted as one operation an output element.
         tensors: Shape and dtype of every tensor of the run that was counted.
@@ -88,17 +91,18 @@ def cost(program: Program, feeds: Mapping[str, np.ndarray]) -> CostResult:
     tensors = observed_shapes(program, feeds)
     weights = program.graph.initializers
     operators, estimated = [], set()
-    for node in program.graph:
+    alive = live_bytes(program.graph, tensors)
+    for node, live in zip(program.graph, alive, strict=True):
         flops, macs, known = count_operations(node, tensors)
         if not known:
             estimated.add(node.op_type)
-        operators.append(_operator(node, flops, macs, weights, tensors))
+        operators.append(_operator(node, flops, macs, weights, tensors, live))
     return CostResult(
         flops=sum(o.flops for o in operators),
         macs=sum(o.macs for o in operators),
         parameters=parameters(program),
         weight_bytes=weight_bytes(program),
-        peak_activation_bytes=_peak(program.graph, tensors),
+        peak_activation_bytes=max(alive, default=0),
         operators=tuple(operators),
         estimated=tuple(sorted(estimated)),
         tensors=tensors,
@@ -142,7 +146,7 @@ def _bytes(value: ir.Value) -> int:
 
 
 def _operator(
-    node: ir.Node, flops: int, macs: int, weights: Mapping[str, ir.Value], tensors: Tensors
+    node: ir.Node, flops: int, macs: int, weights: Mapping[str, ir.Value], tensors: Tensors, live: int
 ) -> OperatorCost:
     read = {v.name: v for v in node.inputs if v is not None and v.name}
     own = [v for name, v in read.items() if name in weights and _is_weight(v)]
@@ -156,42 +160,5 @@ def _operator(
         weight_bytes=sum(_bytes(v) for v in own),
         activation_bytes=sum(tensor_bytes(n, tensors) for n in moved),
         bytes_moved=operator_bytes(node, tensors),
+        live_bytes=live,
     )
-
-
-def _peak(graph: ir.Graph, tensors: Tensors) -> int:
-    """Most activation bytes alive at once; one sweep over nodes."""
-    owner: dict[ir.Value, ir.Value] = {}
-    last: dict[ir.Value, int] = {}
-    nodes = list(graph)
-    for step, node in enumerate(nodes):
-        if node.op_type in VIEWS and node.inputs and node.inputs[0] is not None:
-            source = node.inputs[0]
-            owner[node.outputs[0]] = owner.get(source, source)
-        for value in _reads(node):
-            last[owner.get(value, value)] = step
-        for value in node.outputs:
-            last.setdefault(owner.get(value, value), step)
-    for value in graph.outputs:
-        last[owner.get(value, value)] = len(nodes)
-    weights = set(graph.initializers.values())
-    ends: dict[int, list[ir.Value]] = {}
-    for value, step in last.items():
-        ends.setdefault(step, []).append(value)
-    alive = sum(tensor_bytes(v.name or "", tensors) for v in graph.inputs if v not in weights)
-    peak = alive
-    for step, node in enumerate(nodes):
-        alive += sum(tensor_bytes(v.name or "", tensors) for v in node.outputs if v not in owner)
-        peak = max(peak, alive)
-        alive -= sum(tensor_bytes(v.name or "", tensors) for v in ends.get(step, ()) if v not in weights)
-    return peak
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """Values a node reads, those its subgraphs capture included."""
-    values = [v for v in node.inputs if v is not None]
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            for inner in attribute.as_graph().all_nodes():
-                values += [v for v in inner.inputs if v is not None]
-    return values

@@ -1,22 +1,16 @@
-"""Coupling rules of operators that move data: reshapes, transposes, joins, cuts, look-ups, padding."""
+"""Coupling rules of operators that move data: reshapes, transposes, joins, cuts, copies."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from lamina.analysis.coupling_pointwise import broadcast
-from lamina.analysis.coupling_relation import (
-    Relation,
-    constant,
-    int_attribute,
-    ints_attribute,
-    text_attribute,
-)
+from lamina.analysis.coupling_relation import Relation
 
 
 def reshape(relation: Relation) -> None:
@@ -80,7 +74,7 @@ def transpose(relation: Relation) -> None:
     """Transpose: axes change places."""
     x, out = relation.input(0), relation.output(0)
     shape = relation.shape(x) or ()
-    order = ints_attribute(relation.node, "perm") or list(range(len(shape)))[::-1]
+    order = relation.node.attributes.get_ints("perm") or list(range(len(shape)))[::-1]
     for place, axis in enumerate(order):
         atom = relation.atom(shape[axis])
         relation.tie(x, axis, atom, role="channelwise")
@@ -91,12 +85,12 @@ def concat(relation: Relation) -> None:
     """Concat: along its axis each input is a range of the output."""
     out = relation.output(0)
     shape = relation.shape(out) or ()
-    axis = int_attribute(relation.node, "axis") % max(1, len(shape))
-    _pass_others(relation, relation.node.inputs, relation.node.outputs, {axis})
+    axis = relation.node.attributes.get_int("axis", 0) % max(1, len(shape))
+    relation.through([*relation.node.inputs, out], other_axes(relation, [axis]))
     start = 0
     for value in relation.node.inputs:
         size = (relation.shape(value) or shape)[axis]
-        _range(relation, value, out, axis, start, size)
+        tie_range(relation, value, out, axis, start, size)
         start += size
 
 
@@ -105,16 +99,16 @@ def split(relation: Relation) -> None:
     x = relation.input(0)
     relation.aside(relation.input(1))
     rank = len(relation.shape(x) or ())
-    axis = int_attribute(relation.node, "axis") % max(1, rank)
-    _pass_others(relation, [x], relation.node.outputs, {axis})
+    axis = relation.node.attributes.get_int("axis", 0) % max(1, rank)
+    relation.through([x, *relation.node.outputs], other_axes(relation, [axis]))
     start = 0
     for value in relation.node.outputs:
         size = (relation.shape(value) or (0,) * rank)[axis]
-        _range(relation, value, x, axis, start, size)
+        tie_range(relation, value, x, axis, start, size)
         start += size
 
 
-def _range(
+def tie_range(
     relation: Relation, part: ir.Value | None, whole: ir.Value | None, axis: int, start: int, size: int
 ) -> None:
     """``part`` is ``whole[start : start + size]`` along an axis, which may have size 1 in either."""
@@ -128,97 +122,9 @@ def _range(
         relation.tie(whole, axis, atom, index=np.arange(size), positions=np.arange(start, start + size))
 
 
-def _pass_others(
-    relation: Relation, inputs: Sequence[ir.Value | None], outputs: Sequence[ir.Value], apart: set[int]
-) -> None:
-    """Tie all axes but those in ``apart`` one to one."""
-    shape = relation.shape(inputs[0]) or ()
-    for axis, size in enumerate(shape):
-        if axis not in apart:
-            atom = relation.atom(size)
-            for value in (*inputs, *outputs):
-                relation.tie(value, axis, atom)
-
-
-def slice_(relation: Relation) -> None:
-    """Slice with constant bounds: the output is a stride of the input; computed bounds freeze their axes."""
-    x, out = relation.input(0), relation.output(0)
-    relation.aside(*relation.node.inputs[1:])
-    ranges = slice_ranges(relation.node, relation.shape(x) or ())
-    if ranges is None:
-        relation.freeze_all("the sliced axes are computed")
-        return
-    _pass_others(relation, [x], [v for v in (out,) if v is not None], set(ranges))
-    for axis, taken in ranges.items():
-        if taken is None:
-            relation.freeze(x, axis, "the bounds of the slice are computed")
-            relation.freeze(out, axis, "the bounds of the slice are computed")
-        elif len(taken) == 1 and (relation.shape(x) or ())[axis] > 1:
-            relation.freeze(x, axis, "the only channel of a slice", taken)
-        elif len(taken):
-            atom = relation.atom(len(taken))
-            relation.tie(x, axis, atom, index=np.arange(len(taken)), positions=taken)
-            relation.tie(out, axis, atom)
-
-
-def slice_ranges(node: ir.Node, shape: Sequence[int]) -> dict[int, np.ndarray | None] | None:
-    """Axis -> indices a Slice takes (None: computed); None where the axes themselves are computed."""
-    given = [constant(v) if v is not None else None for v in (*node.inputs, *[None] * 5)[1:5]]
-    starts, ends, axes, steps = given
-    count = next((len(a) for a in (starts, ends) if a is not None), None)
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
-        if axes is None:
-            return None
-        count = len(axes)
-    elif count is None:
-        count = len(shape)
-    listed = [int(a) % len(shape) for a in axes] if axes is not None else list(range(count))
-    if len(node.inputs) < 5 or node.inputs[4] is None:
-        steps = np.ones(count, dtype=np.int64)
-    found: dict[int, np.ndarray | None] = {}
-    for i, axis in enumerate(listed):
-        if starts is None or ends is None or steps is None:
-            found[axis] = None
-        else:
-            found[axis] = np.arange(shape[axis])[
-                _bounds(int(starts[i]), int(ends[i]), int(steps[i]), shape[axis])
-            ]
-    return found
-
-
-def _bounds(start: int, end: int, step: int, size: int) -> slice:
-    """ONNX's bounds as Python's: both clamp, but an end far below zero means the beginning."""
-    if step < 0 and end < -size:
-        return slice(start, None, step)
-    return slice(start, end, step)
-
-
-def gather(relation: Relation) -> None:
-    """Gather: constant indices are a map of the axis; computed ones freeze it (a table's rows)."""
-    x, indices, out = relation.input(0), relation.input(1), relation.output(0)
-    shape, looked = relation.shape(x) or (), relation.shape(indices) or ()
-    axis = int_attribute(relation.node, "axis") % max(1, len(shape))
-    taken = constant(indices)
-    for i, size in enumerate(shape):
-        if i != axis:
-            atom = relation.atom(size)
-            relation.tie(x, i, atom, role="table")
-            relation.tie(out, i if i < axis else i + len(looked) - 1, atom)
-    if taken is None or len(looked) > 1:
-        relation.freeze(x, axis, "rows are looked up by computed indices")
-        for i, size in enumerate(looked):
-            atom = relation.atom(size)
-            relation.tie(indices, i, atom)
-            relation.tie(out, axis + i, atom)
-        return
-    relation.aside(indices)
-    at = taken.reshape(-1).astype(np.int64) % shape[axis]
-    if len(at) == 1:
-        relation.freeze(x, axis, "the only channel of a look-up", at)
-        return
-    atom = relation.atom(shape[axis])
-    relation.tie(x, axis, atom, role="table")
-    relation.tie(out, axis, atom, index=at)
+def other_axes(relation: Relation, apart: Iterable[int]) -> list[int]:
+    """Axes of the first input but those in ``apart``."""
+    return sorted(set(range(len(relation.shape(relation.input(0)) or ()))) - set(apart))
 
 
 def expand(relation: Relation) -> None:
@@ -241,76 +147,33 @@ def tile(relation: Relation) -> None:
         relation.tie(out, axis, atom, index=np.arange(made) % size)
 
 
-def pad(relation: Relation) -> None:
-    """Pad with a constant: the input is a range of the output; padded channels may go, the pads shrink."""
-    node, x, out = relation.node, relation.input(0), relation.output(0)
-    relation.aside(*node.inputs[1:])
-    before = pads_before(node, len(relation.shape(x) or ()))
-    if before is None:
-        relation.freeze_all("the pads are computed")
-        return
-    for axis, size in enumerate(relation.shape(x) or ()):
-        made = (relation.shape(out) or ())[axis]
-        start = before[axis]
-        if (
-            start < 0
-            or start + size > made
-            or (size != made and text_attribute(node, "mode", "constant") != "constant")
-        ):
-            relation.freeze(x, axis, "padding that crops or repeats")
-            relation.freeze(out, axis, "padding that crops or repeats")
-        else:
-            _range(relation, x, out, axis, start, size)
-
-
-def pads_before(node: ir.Node, rank: int) -> list[int] | None:
-    """Elements a Pad adds before each axis; None where they are computed."""
-    pads = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    axes: list[int] = list(range(rank))
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
-        given = constant(node.inputs[3])
-        if given is None:
-            return None
-        axes = [int(a) % rank for a in given]
-    if pads is None:
-        return None
-    before = [0] * rank
-    for i, axis in enumerate(axes):
-        before[axis] = int(pads[i])
-    return before
-
-
 def resize(relation: Relation) -> None:
     """Resize: axes that keep their size are tied, the others mix neighbours."""
     x, out = relation.input(0), relation.output(0)
     relation.aside(*relation.node.inputs[1:])
-    if text_attribute(relation.node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
+    if relation.node.attributes.get_string("coordinate_transformation_mode", "") == "tf_crop_and_resize":
         relation.freeze_all("a crop is resized")
         return
     if "axes" in relation.node.attributes:
         relation.freeze_all("only some axes are listed")
         return
-    for axis, size in enumerate(relation.shape(x) or ()):
-        if size == (relation.shape(out) or ())[axis]:
-            atom = relation.atom(size)
-            relation.tie(x, axis, atom)
-            relation.tie(out, axis, atom)
+    sizes = zip(relation.shape(x) or (), relation.shape(out) or (), strict=True)
+    relation.through([x, out], [axis for axis, (size, made) in enumerate(sizes) if size == made])
 
 
 def space_to_depth(relation: Relation) -> None:
     """SpaceToDepth, DepthToSpace: a channel is one in every pixel of a block."""
     x, out = relation.input(0), relation.output(0)
-    block = int_attribute(relation.node, "blocksize", 1) ** 2
+    block = relation.node.attributes.get_int("blocksize", 1) ** 2
     few, many = (x, out) if relation.node.op_type == "SpaceToDepth" else (out, x)
     channels = (relation.shape(few) or (1, 1))[1]
-    batch, atom = relation.atom((relation.shape(x) or (1,))[0]), relation.atom(channels)
-    relation.tie(x, 0, batch)
-    relation.tie(out, 0, batch)
+    relation.through([x, out], [0])
     if channels == 1:
         return
+    atom = relation.atom(channels)
     relation.tie(few, 1, atom)
     at = np.arange(channels * block)
-    by_channel = text_attribute(relation.node, "mode", "DCR") == "CRD"
+    by_channel = relation.node.attributes.get_string("mode", "DCR") == "CRD"
     relation.tie(many, 1, atom, index=at // block if by_channel else at % channels)
 
 
@@ -323,7 +186,9 @@ def constant_of_shape(relation: Relation) -> None:
 
 def shape_of(relation: Relation) -> None:
     """Shape: reads no channels; what it says is restored when its input shrinks."""
-    relation.aside(relation.input(0), relation.output(0))
+    relation.aside(relation.output(0))
+    for axis in range(len(relation.shape(relation.input(0)) or ())):
+        relation.free(relation.input(0), axis)
 
 
 def triangle(relation: Relation) -> None:
@@ -331,4 +196,4 @@ def triangle(relation: Relation) -> None:
     x, out = relation.input(0), relation.output(0)
     relation.aside(relation.input(1))
     rank = len(relation.shape(x) or ())
-    _pass_others(relation, [x], [v for v in (out,) if v is not None], {rank - 2, rank - 1})
+    relation.through([x, out], range(rank - 2))

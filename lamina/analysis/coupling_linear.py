@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from lamina.analysis.coupling_pointwise import align
-from lamina.analysis.coupling_relation import Relation, int_attribute, text_attribute
+from lamina.analysis.coupling_relation import Relation
 
 _ZERO_POINT = "a removed integer is not a zero: its zero point counts"
 
@@ -55,7 +55,7 @@ def _scales(relation: Relation, places: Sequence[tuple[int, int | None]]) -> Non
 def gemm(relation: Relation) -> None:
     """Gemm: [m, k] x [k, n] + a bias that broadcasts."""
     a, b, out = relation.input(0), relation.input(1), relation.output(0)
-    left, right = int_attribute(relation.node, "transA"), int_attribute(relation.node, "transB")
+    left, right = relation.node.attributes.get_int("transA", 0), relation.node.attributes.get_int("transB", 0)
     rows, columns = relation.shape(out) or (1, 1)
     m, n, k = (
         relation.atom(rows),
@@ -77,10 +77,10 @@ def conv(relation: Relation) -> None:
     kind = relation.node.op_type
     weight, bias = {"QLinearConv": (3, 8), "ConvInteger": (1, -1)}.get(kind, (1, 2))
     x, w, out = relation.input(0), relation.input(weight), relation.output(0)
-    groups = int_attribute(relation.node, "group", 1)
+    groups = relation.node.attributes.get_int("group", 1)
     shape = relation.shape(w) or (1, 1)
     g, i, o = relation.atom(groups), relation.atom(shape[1]), relation.atom(shape[0] // groups)
-    _samples(relation, x, out)
+    relation.through([x, out], [0])
     relation.split(x, 1, (g, i))
     relation.split(w, 0, (g, o), "out")
     relation.tie(w, 1, i, role="in")
@@ -98,10 +98,10 @@ def conv(relation: Relation) -> None:
 def conv_transpose(relation: Relation) -> None:
     """ConvTranspose: x [N, (G, I), ...], w [(G, I), O, ...], bias [(G, O)]."""
     x, w, out = relation.input(0), relation.input(1), relation.output(0)
-    groups = int_attribute(relation.node, "group", 1)
+    groups = relation.node.attributes.get_int("group", 1)
     shape = relation.shape(w) or (1, 1)
     g, i, o = relation.atom(groups), relation.atom(shape[0] // groups), relation.atom(shape[1])
-    _samples(relation, x, out)
+    relation.through([x, out], [0])
     relation.split(x, 1, (g, i))
     relation.split(w, 0, (g, i), "in")
     relation.tie(w, 1, o, role="out")
@@ -110,15 +110,9 @@ def conv_transpose(relation: Relation) -> None:
     relation.contract(x, 1)
 
 
-def _samples(relation: Relation, x: ir.Value | None, out: ir.Value | None) -> None:
-    atom = relation.atom((relation.shape(x) or (1,))[0])
-    relation.tie(x, 0, atom)
-    relation.tie(out, 0, atom)
-
-
 def einsum(relation: Relation) -> None:
     """Einsum: one atom a letter."""
-    equation = text_attribute(relation.node, "equation", "").replace(" ", "")
+    equation = relation.node.attributes.get_string("equation", "").replace(" ", "")
     terms, arrow, result = equation.partition("->")
     if "." in equation or not arrow:
         relation.freeze_all("the equation has an ellipsis or no result")
@@ -140,16 +134,16 @@ def einsum(relation: Relation) -> None:
 
 def recurrent(relation: Relation) -> None:
     """LSTM, GRU, RNN: x [T, B, I], W [D, gates*H, I], R [D, gates*H, H]; all gates of a channel go."""
-    if int_attribute(relation.node, "layout"):
+    if relation.node.attributes.get_int("layout", 0):
         relation.freeze_all("batch-first recurrent operators are not analyzed")
         return
-    relation.aside(relation.input(4))
     x, w, r = (relation.input(i) for i in range(3))
-    time, batch, width = relation.shape(x) or (1, 1, 1)
+    _, batch, width = relation.shape(x) or (1, 1, 1)
     hidden = (relation.shape(r) or (1, 1, 1))[2]
-    t, b, i, h = (relation.atom(n) for n in (time, batch, width, hidden))
-    for axis, atom in enumerate((t, b, i)):
-        relation.tie(x, axis, atom)
+    b, i, h = (relation.atom(n) for n in (batch, width, hidden))
+    relation.tie(x, 1, b)
+    relation.tie(x, 2, i)
+    relation.tie(relation.input(4), 0, b)
     relation.tie(w, 2, i, role="in")
     relation.tie(r, 2, h, role="in")
     for value in (w, r, relation.input(3), relation.input(7)):
@@ -158,9 +152,8 @@ def recurrent(relation: Relation) -> None:
     for value in (relation.input(5), relation.input(6), *relation.node.outputs[1:]):
         relation.tie(value, 1, b)
         relation.tie(value, 2, h)
-    y = relation.output(0)
-    for axis, atom in ((0, t), (2, b), (3, h)):
-        relation.tie(y, axis, atom)
+    relation.tie(relation.output(0), 2, b)
+    relation.tie(relation.output(0), 3, h)
     relation.contract(x, 2)
     relation.contract(r, 2)
 
@@ -169,7 +162,7 @@ def attention(relation: Relation) -> None:
     """Attention of ONNX, MultiHeadAttention, GroupQueryAttention: whole heads, queries grouped by key head.
 
     q is (key head, query head of it, width), k and v are (key head, width), packed in the last axis or apart.
-    Caches, masks and biases are tied on the axis of heads where they have it in full.
+    Caches and masks are tied on the axis of heads where they have it in full.
     """
     node = relation.node
     packed = len(relation.shape(relation.input(0)) or ()) == 3
@@ -187,7 +180,7 @@ def attention(relation: Relation) -> None:
     ):
         relation.freeze_all("this form of attention is not analyzed")
         return
-    group, member, batch = relation.atom(keys), relation.atom(queries // keys), relation.atom(q[0])
+    group, member = relation.atom(keys), relation.atom(queries // keys)
     made = relation.shape(relation.output(0)) or q
     for value, shape, heads in (
         (relation.input(0), q, (group, member)),
@@ -197,14 +190,12 @@ def attention(relation: Relation) -> None:
     ):
         count = queries if len(heads) > 1 else keys
         _heads_of(relation, value, heads, shape[-1] // count if packed else None)
-        relation.tie(value, 0, batch)
     past, mask = _ATTENTION_INPUTS[node.op_type]
     for value in (relation.input(past), relation.input(past + 1), *node.outputs[1:3]):
-        relation.tie(value, 0, batch)
         relation.tie(value, 1, group)
-    if mask is not None and len(relation.shape(relation.input(mask)) or ()) == 4:
-        relation.tie(relation.input(mask), 0, batch)
-        relation.split(relation.input(mask), 1, (group, member))
+    rank = 0 if mask is None else len(relation.shape(relation.input(mask)) or ())
+    if mask is not None and rank > 2:
+        relation.split(relation.input(mask), rank - 3, (group, member))
 
 
 _ATTENTION_INPUTS: dict[str, tuple[int, int | None]] = {
@@ -219,8 +210,8 @@ def _heads(relation: Relation, packed: bool) -> tuple[int, int]:
     if not packed:
         shapes = [relation.shape(relation.input(i)) or () for i in range(2)]
         return (shapes[0][1], shapes[1][1]) if all(len(s) == 4 for s in shapes) else (0, 0)
-    queries = int_attribute(node, "q_num_heads") or int_attribute(node, "num_heads")
-    return queries, int_attribute(node, "kv_num_heads") or queries
+    queries = node.attributes.get_int("q_num_heads", 0) or node.attributes.get_int("num_heads", 0)
+    return queries, node.attributes.get_int("kv_num_heads", 0) or queries
 
 
 def _heads_of(relation: Relation, value: ir.Value | None, heads: Sequence[int], width: int | None) -> None:

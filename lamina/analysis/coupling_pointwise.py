@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from lamina.analysis.coupling_relation import Relation, Role, constant, int_attribute, ints_attribute
+from lamina.analysis.coupling_relation import Relation, Role, constant
 
 _ROLES: dict[str, Role] = {"Add": "bias", "Sub": "bias", "Mul": "scale", "Div": "scale"}
 _COUNTED = "the mean or spread over channels changes when fewer are left"
@@ -48,11 +48,11 @@ def first_only(relation: Relation) -> None:
 
 def quantize(relation: Relation) -> None:
     """QuantizeLinear, DequantizeLinear: scale and zero point are scalars or lie along one axis."""
-    if int_attribute(relation.node, "block_size"):
+    if relation.node.attributes.get_int("block_size", 0):
         relation.freeze_all("weights are quantized in blocks")
         return
     atoms = broadcast(relation, relation.node.inputs[:1], relation.output(0))
-    axis = int_attribute(relation.node, "axis", 1)
+    axis = relation.node.attributes.get_int("axis", 1)
     for value in relation.node.inputs[1:]:
         if len(relation.shape(value) or ()) == 1:
             relation.tie(value, 0, atoms[axis], role="scale")
@@ -68,7 +68,7 @@ def dynamic_quantize(relation: Relation) -> None:
 def softmax(relation: Relation) -> None:
     """Softmax and LogSoftmax: tied all over; a zeroed entry still takes its share."""
     atoms = broadcast(relation, relation.node.inputs[:1], relation.output(0))
-    axis = int_attribute(relation.node, "axis", -1)
+    axis = relation.node.attributes.get_int("axis", -1)
     if atoms:
         relation.note(relation.input(0), axis, "a zeroed entry still takes its share")
 
@@ -76,12 +76,12 @@ def softmax(relation: Relation) -> None:
 def lp_normalization(relation: Relation) -> None:
     """LpNormalization: a zero adds nothing to the norm."""
     broadcast(relation, relation.node.inputs[:1], relation.output(0))
-    relation.contract(relation.input(0), int_attribute(relation.node, "axis", -1))
+    relation.contract(relation.input(0), relation.node.attributes.get_int("axis", -1))
 
 
 def along(relation: Relation) -> None:
     """CumSum, Hardmax, TopK, ArgMax, ArgMin: what happens along their axis depends on its order or place."""
-    node, x, out = relation.node, relation.input(0), relation.output(0)
+    node, x = relation.node, relation.input(0)
     relation.aside(*node.inputs[1:])
     default = 0 if node.op_type in ("ArgMax", "ArgMin") else -1
     given = constant(relation.input(1)) if node.op_type == "CumSum" else None
@@ -89,8 +89,8 @@ def along(relation: Relation) -> None:
         relation.freeze_all("the axis is computed")
         return
     rank = len(relation.shape(x) or ())
-    axis = (int(given) if given is not None else int_attribute(node, "axis", default)) % max(1, rank)
-    dropped = node.op_type in ("ArgMax", "ArgMin") and not int_attribute(node, "keepdims", 1)
+    axis = (int(given) if given is not None else node.attributes.get_int("axis", default)) % max(1, rank)
+    dropped = node.op_type in ("ArgMax", "ArgMin") and not node.attributes.get_int("keepdims", 1)
     for i, size in enumerate(relation.shape(x) or ()):
         if i == axis:
             relation.freeze(x, i, "results depend on places along this axis")
@@ -103,7 +103,6 @@ def along(relation: Relation) -> None:
         for value in node.outputs:
             if relation.shape(value):
                 relation.freeze(value, axis, "results depend on places along this axis")
-    relation.aside(out if not relation.shape(out) else None)
 
 
 def reduce(relation: Relation) -> None:
@@ -111,7 +110,7 @@ def reduce(relation: Relation) -> None:
     node, x, out = relation.node, relation.input(0), relation.output(0)
     shape = relation.shape(x) or ()
     relation.aside(*node.inputs[1:])
-    axes = ints_attribute(node, "axes")
+    axes = node.attributes.get_ints("axes")
     if axes is None and relation.input(1) is not None:
         given = constant(relation.input(1))
         if given is None:
@@ -119,9 +118,9 @@ def reduce(relation: Relation) -> None:
             return
         axes = [int(a) for a in given.reshape(-1)]
     if not axes:
-        axes = [] if int_attribute(node, "noop_with_empty_axes") else list(range(len(shape)))
+        axes = [] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(len(shape)))
     reduced = {a % len(shape) for a in axes} if shape else set()
-    keep, place = bool(int_attribute(node, "keepdims", 1)), 0
+    keep, place = bool(node.attributes.get_int("keepdims", 1)), 0
     for axis, size in enumerate(shape):
         if axis in reduced:
             relation.free(x, axis)
@@ -147,12 +146,9 @@ def pool(relation: Relation) -> None:
     if relation.output(1) is not None:
         relation.freeze_all("it says places of maxima, channels counted in")
         return
-    for axis in range(min(2, len(shape))):
-        atom = relation.atom(shape[axis])
-        relation.tie(x, axis, atom)
-        relation.tie(out, axis, atom)
-        if axis == 0 and relation.node.op_type == "GridSample":
-            relation.tie(relation.input(1), 0, atom)
+    where = [relation.input(1)] if relation.node.op_type == "GridSample" else []
+    relation.through([x, out, *where], range(min(1, len(shape))))
+    relation.through([x, out], range(1, min(2, len(shape))))
 
 
 def batch_normalization(relation: Relation) -> None:
@@ -160,6 +156,9 @@ def batch_normalization(relation: Relation) -> None:
     atoms = broadcast(relation, relation.node.inputs[:1], relation.output(0))
     for value in relation.node.inputs[1:]:
         relation.tie(value, 0, atoms[1], role="scale")
+    if relation.node.op_type == "InstanceNormalization":
+        for axis in range(2, len(atoms)):
+            relation.note(relation.input(0), axis, _COUNTED)
 
 
 def layer_normalization(relation: Relation) -> None:
@@ -171,7 +170,7 @@ def layer_normalization(relation: Relation) -> None:
     for value in node.inputs[len(streams) :]:
         align(relation, value, atoms, "scale")
     rank = len(atoms)
-    first = rank - 1 if skip else int_attribute(node, "axis", -1) % max(1, rank)
+    first = rank - 1 if skip else node.attributes.get_int("axis", -1) % max(1, rank)
     for axis in range(first, rank):
         relation.note(relation.input(0), axis, _COUNTED)
     for place, value in enumerate(node.outputs[1:], 1):
@@ -184,14 +183,13 @@ def group_normalization(relation: Relation) -> None:
     """GroupNormalization: channels are (group, channel inside it); scale and bias by channel or by group."""
     x, out = relation.input(0), relation.output(0)
     shape = relation.shape(x) or ()
-    groups = int_attribute(relation.node, "num_groups", 1)
+    groups = relation.node.attributes.get_int("num_groups", 1)
     parts = relation.atom(groups), relation.atom(shape[1] // groups)
     for value in (x, out):
         relation.split(value, 1, parts)
-    for axis in (0, *range(2, len(shape))):
-        atom = relation.atom(shape[axis])
-        relation.tie(x, axis, atom)
-        relation.tie(out, axis, atom)
+    others = (0, *range(2, len(shape)))
+    relation.through([x, out], others)
+    for axis in others:
         relation.note(x, axis, _COUNTED)
     for value in relation.node.inputs[1:]:
         if (relation.shape(value) or (0,))[0] == shape[1]:
@@ -210,6 +208,6 @@ def local_response(relation: Relation) -> None:
 def mean_variance(relation: Relation) -> None:
     """MeanVarianceNormalization: over axes 0, 2, 3 unless it says otherwise."""
     atoms = broadcast(relation, relation.node.inputs[:1], relation.output(0))
-    for axis in ints_attribute(relation.node, "axes") or [0, 2, 3]:
+    for axis in relation.node.attributes.get_ints("axes") or [0, 2, 3]:
         if axis < len(atoms):
             relation.note(relation.input(0), axis, _COUNTED)

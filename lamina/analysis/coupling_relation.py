@@ -9,7 +9,7 @@ nothing of is frozen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.analysis.flops import Tensors
+from lamina.ir.names import subgraphs
 
 Axis = tuple[str, int]
 Role = Literal["out", "in", "bias", "scale", "table", "channelwise", "activation"]
@@ -74,7 +75,6 @@ class Relation:
     contracted: list[Axis] = field(default_factory=list)
     inexact: dict[Axis, str] = field(default_factory=dict)
     _said: set[Axis] = field(default_factory=set)
-    _aside: set[str] = field(default_factory=set)
 
     # -- what a rule reads --------------------------------------------------------------------------
 
@@ -116,6 +116,18 @@ class Relation:
         key = self._say(value, axis, len(shape), role)
         at = np.arange(shape[axis]) if positions is None else positions
         self.ties.append(Tie(key, atom, at, at if index is None else index))
+
+    def through(self, values: Sequence[ir.Value | None], axes: Iterable[int]) -> None:
+        """Tie these axes of all values one to one, each axis to an index variable of its own.
+
+        Args:
+            values: The first gives the sizes.
+            axes: Not negative.
+        """
+        for axis in axes:
+            atom = self.atom((self.shape(values[0]) or ())[axis])
+            for value in values:
+                self.tie(value, axis, atom)
 
     def split(
         self,
@@ -170,8 +182,10 @@ class Relation:
             self._say(value, axis, len(self.shape(value) or ()), None)
 
     def aside(self, *values: ir.Value | None) -> None:
-        """Say that these are shapes, bounds or scalars: no channels."""
-        self._aside.update(v.name for v in values if v is not None and v.name)
+        """Say that these are shapes, bounds or scalars: no channels, and never cut."""
+        for value in values:
+            for axis in range(len(self.shape(value) or ())):
+                self.freeze(value, axis, "it says sizes or places")
 
     def contract(self, value: ir.Value | None, axis: int) -> None:
         """Say that an axis is summed over."""
@@ -193,8 +207,6 @@ class Relation:
     def finish(self) -> Relation:
         """Freeze what the rule said nothing of."""
         for value in self._values():
-            if value.name in self._aside:
-                continue
             for axis in range(len(self.shape(value) or ())):
                 if (value.name or "", axis) not in self._said:
                     self.freeze(value, axis, f"no channels on axis {axis} of '{value.name}'")
@@ -208,8 +220,6 @@ class Relation:
         return key
 
     def _values(self) -> list[ir.Value]:
-        from lamina.ir.names import subgraphs
-
         values = [v for v in (*self.node.inputs, *self.node.outputs) if v is not None and v.name]
         for graph in subgraphs(self.node):
             values += [v for n in graph.all_nodes() for v in n.inputs if v is not None and v.name]
@@ -222,21 +232,3 @@ def constant(value: ir.Value | None) -> np.ndarray | None:
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     return value.const_value.numpy()
-
-
-def int_attribute(node: ir.Node, name: str, default: int = 0) -> int:
-    """An integer attribute."""
-    found = node.attributes.get(name)
-    return default if found is None else found.as_int()
-
-
-def ints_attribute(node: ir.Node, name: str) -> list[int] | None:
-    """A list of integers; None where it is absent."""
-    found = node.attributes.get(name)
-    return None if found is None else list(found.as_ints())
-
-
-def text_attribute(node: ir.Node, name: str, default: str) -> str:
-    """A text attribute."""
-    found = node.attributes.get(name)
-    return default if found is None else found.as_string()

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from lamina.analysis import coupling_layout as layout
 from lamina.analysis import coupling_linear as linear
+from lamina.analysis import coupling_pick as pick
 from lamina.analysis import coupling_pointwise as pointwise
 from lamina.analysis.coupling_relation import Relation
 from lamina.analysis.flops import Tensors
@@ -65,11 +66,11 @@ RULES: Mapping[str, _Rule] = _table(
     (layout.transpose, "Transpose"),
     (layout.concat, "Concat"),
     (layout.split, "Split"),
-    (layout.slice_, "Slice"),
-    (layout.gather, "Gather"),
+    (pick.slice_, "Slice"),
+    (pick.gather, "Gather"),
     (layout.expand, "Expand"),
     (layout.tile, "Tile"),
-    (layout.pad, "Pad"),
+    (pick.pad, "Pad"),
     (layout.resize, "Resize"),
     (layout.space_to_depth, "SpaceToDepth DepthToSpace"),
     (layout.constant_of_shape, "ConstantOfShape"),

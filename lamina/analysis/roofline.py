@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from lamina.analysis.flops import Tensors
 from lamina.backends.roof import Roof
-from lamina.ir.names import subgraphs
+from lamina.ir.names import reads, subgraphs
 
 # Output shares the memory of the first input: nothing moves.
 VIEWS = frozenset(("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Dropout"))
@@ -57,7 +57,7 @@ def operator_bytes(node: ir.Node, tensors: Tensors) -> int:
     if node.op_type in VIEWS or node.op_type in _CONSTANTS:
         return 0
     written = sum(tensor_bytes(v.name or "", tensors) for v in node.outputs)
-    read = dict.fromkeys(v for v in _reads(node) if v.name)
+    read = dict.fromkeys(v for v in reads(node) if v.name)
     first = node.inputs[0] if node.inputs else None
     if node.op_type in _SHAPES:
         return written
@@ -80,7 +80,7 @@ def crossing_bytes(nodes: Iterable[ir.Node], tensors: Tensors) -> int:
     for node in members:
         if node.op_type in _SHAPES or node.op_type in _CONSTANTS:
             continue
-        for position, value in enumerate(_reads(node)):
+        for position, value in enumerate(reads(node)):
             producer = value.producer()
             if not value.name or (producer is not None and id(producer) in inside):
                 continue
@@ -140,15 +140,3 @@ def _stored_bytes(value: ir.Value, tensors: Tensors) -> int:
 
 def _inner(node: ir.Node) -> list[ir.Node]:
     return [n for graph in subgraphs(node) for n in graph.all_nodes()]
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """Values a node reads, those its subgraphs capture from outside included."""
-    values = [v for v in node.inputs if v is not None]
-    for graph in subgraphs(node):
-        inner = list(graph.all_nodes())
-        own = {id(v) for n in inner for v in n.outputs} | {id(v) for v in graph.inputs}
-        own |= {id(v) for v in graph.initializers.values()}
-        values += [v for n in inner for v in n.inputs if v is not None and id(v) not in own]
-        values += [v for v in graph.outputs if id(v) not in own]
-    return values

@@ -77,6 +77,15 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.value
 
 
+def reads(node: ir.Node) -> Iterator[ir.Value]:
+    """Values a node reads, those its subgraphs take from around them included; one read twice comes twice."""
+    yield from (v for v in node.inputs if v is not None)
+    for graph in subgraphs(node):
+        own = {*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)}
+        yield from (v for n in graph for v in reads(n) if v not in own)
+        yield from (v for v in graph.outputs if v not in own)
+
+
 def every_graph(graph: ir.Graph) -> list[ir.Graph]:
     """``graph`` and all of its subgraphs, outer ones first: ``Model.graphs`` at a fraction of its cost."""
     found = [graph]

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from lamina.analysis.coupling_layout import pads_before, slice_ranges
-from lamina.analysis.coupling_relation import constant, int_attribute
+from lamina.analysis.coupling_pick import pads_before, slice_ranges
+from lamina.analysis.coupling_relation import constant
 from lamina.ir.rewriter import Rewriter
 
 _FAR = np.iinfo(np.int64).max
@@ -85,7 +85,7 @@ class Edits:
         """The group count, where whole groups go."""
         x = node.inputs[0]
         gone = self._cut(x).get(1)
-        groups = int_attribute(node, "num_groups", 1)
+        groups = node.attributes.get_int("num_groups", 1)
         width = self._old(x, 1) // groups
         if gone is not None:
             full = np.bincount(gone // width, minlength=groups)
@@ -99,7 +99,7 @@ class Edits:
     def attention(self, node: ir.Node) -> None:
         """The counts of heads; the width of a head stays."""
         for name, place in (("q_num_heads", 0), ("num_heads", 0), ("kv_num_heads", 1)):
-            heads = int_attribute(node, name)
+            heads = node.attributes.get_int(name, 0)
             value = node.inputs[place]
             if heads and value is not None:
                 _put(node, name, heads * self._new(value, -1) // self._old(value, -1))
@@ -142,7 +142,7 @@ class Edits:
         old, new = np.ones(rank, dtype=np.int64), np.ones(rank, dtype=np.int64)
         for axis in cut:
             old[axis], new[axis] = self._old(x, axis), self._new(x, axis)
-        start, end = int_attribute(node, "start"), int_attribute(node, "end", rank)
+        start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", rank)
         old, new = old[start:end], new[start:end]
         if (old == new).all():
             return
@@ -155,7 +155,7 @@ class Edits:
 
     def split(self, node: ir.Node) -> None:
         """The sizes of the parts."""
-        axis = int_attribute(node, "axis") % len(self._shapes[node.outputs[0].name or ""])
+        axis = node.attributes.get_int("axis", 0) % len(self._shapes[node.outputs[0].name or ""])
         if axis not in self._cut(node.inputs[0]):
             return
         node.attributes.pop("num_outputs", None)
@@ -193,7 +193,7 @@ class Edits:
         x, taken = node.inputs[0], constant(node.inputs[1])
         if x is None or taken is None:
             return
-        axis = int_attribute(node, "axis") % len(self._shapes[x.name or ""])
+        axis = node.attributes.get_int("axis", 0) % len(self._shapes[x.name or ""])
         if axis in self._cut(x):
             new = self._kept(x, axis)[taken]
             self._set(node, 1, new[new >= 0] if new.ndim else new, "indices")

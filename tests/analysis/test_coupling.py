@@ -584,3 +584,23 @@ def test_a_layout_is_given_only_where_it_holds() -> None:
     assert layout([2, 3]) == Layout(2, 2, 2, 1)
     assert layout([0, 1], [2, 4]) is None
     assert layout([0], [1], [3]) is None
+
+
+def test_quantized_weights_are_cut_with_their_scales() -> None:
+    net = Net()
+    w = net.array(RNG.integers(-9, 9, size=(6, 3, 1, 1)).astype(np.int8), "w8")
+    scale = net.array(RNG.uniform(0.1, 0.2, 6).astype(np.float32), "scale")
+    zero = net.array(np.zeros(6, np.int8), "zero")
+    h = net.op("Conv", image(net), net.op("DequantizeLinear", w, scale, zero, axis=0))
+    found = proven(net, conv(net, h, 2, 6, "down"))
+    (group,) = found.groups
+    assert {name: axis for name, axis in weights(group)} == {"w8": 0, "scale": 0, "zero": 0, "down.w": 1}
+
+
+def test_steps_of_a_recurrent_cell_stay() -> None:
+    net = Net()
+    h = net.op("Add", net.input("x", [5, "n", 4]), net.weight(5, 1, 4, name="steps"))
+    y = net.op("RNN", h, net.weight(1, 3, 4, name="w"), net.weight(1, 3, 3, name="r"), hidden_size=3)
+    y = net.op("ReduceSum", net.op("Squeeze", y, net.ints(1)), net.ints(0))
+    found = coupled_groups(program := net.program(y), feeds_of(program))
+    assert not found.of("steps", 0)

@@ -152,7 +152,7 @@ def test_the_roof_is_measured_once_and_remembered(tmp_path: Path, monkeypatch: p
     assert calls == [1, 2]
     for file in tmp_path.glob("roof-*.json"):
         assert json.loads(file.read_text())["versions"]
-        file.write_text('{"format": 1, "roof": {}}')
+        file.write_text(json.dumps({"format": roof_module.FORMAT, "roof": {}}))
     roof(Target(threads=1), tmp_path)
     assert calls == [1, 2, 1]
 
@@ -189,6 +189,20 @@ def test_a_measured_roof_is_of_the_order_numpy_reaches() -> None:
     assert found.bytes_per_s < found.flops_per_s * 4
 
 
+def test_no_product_of_the_same_runtime_is_far_above_the_roof() -> None:
+    import time
+
+    target = Target(threads=1)
+    square = np.random.default_rng(1).normal(size=(384, 384)).astype(np.float32)
+    run = roof_module._runner("MatMul", square, square, target, constant=True)
+    seconds = []
+    for _ in range(50):
+        start = time.thread_time()
+        run()
+        seconds.append(time.thread_time() - start)
+    assert 2 * 384**3 / np.median(seconds) < 1.3 * measure_roof(target).flops_per_s
+
+
 def test_only_onnx_runtime_has_a_roof() -> None:
     with pytest.raises(BackendError, match="roofs are measured on ONNX Runtime only"):
         roof(Target("tvm", "llvm", 1))
@@ -204,12 +218,15 @@ def test_parts_say_what_they_move_and_what_binds_them() -> None:
     assert branch["bytes_moved"] == 6 * rows + 2 * square
     assert branch["bytes_crossing"] == 2 * rows + 2 * square
     assert branch["intensity"] == branch["flops"] / branch["bytes_moved"]
-    assert (branch["bound"], branch["roof_share"]) == (None, None)
+    assert (branch["bound"], branch["roof_share"], plain["roof"]) == (None, None, None)
     assert plain["blocks"][0]["bytes_moved"] == branch["bytes_moved"]
     assert plain["blocks"][0]["bytes_crossing"] == branch["bytes_crossing"]
     assert plain["totals"]["bytes_moved"] == DEPTH * (9 * rows + 2 * square)
     timed = analyze(stacked_program(), target=Target())
+    limits = timed["roof"]
+    assert limits is not None
     product = next(o for o in timed["operators"] if o["kind"] == "MatMul")
-    assert product["bound"] in ("compute", "memory")
-    assert product["roof_share"] is not None
-    assert product["roof_share"] > 0
+    compute = product["flops"] / limits["flops_per_s"]
+    memory = product["bytes_moved"] / limits["bytes_per_s"]
+    assert product["bound"] == ("compute" if compute > memory else "memory")
+    assert product["roof_share"] == pytest.approx(max(compute, memory) / (product["latency_s"] or 0))
