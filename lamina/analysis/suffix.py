@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from lamina.analysis.instrument import add_outputs
+from lamina.ir.names import reads
 from lamina.ir.program import Program
 
 
@@ -58,9 +59,9 @@ def cut(
     keeps = {label: known[v] for label, v in targets.items() if v in known}
     makes = {label: v for label, v in targets.items() if v not in known}
     border, size = _border(changed.graph, set(makes.values()), known)
-    reads = {f"lamina_cut_{i}": known[v] for i, v in enumerate(border)}
+    fed = {f"lamina_cut_{i}": known[v] for i, v in enumerate(border)}
     inputs = {v.name or "": f"lamina_cut_{i}" for i, v in enumerate(border)}
-    return Suffix(reads, {label: v.name or "" for label, v in makes.items()}, keeps, size, changed, inputs)
+    return Suffix(fed, {label: v.name or "" for label, v in makes.items()}, keeps, size, changed, inputs)
 
 
 def open_after(
@@ -88,7 +89,7 @@ def open_after(
 def activation_reads(graph: ir.Graph) -> dict[ir.Node, list[ir.Value]]:
     """Node -> the values it reads that depend on an input, through its subgraphs too."""
     constant = _constants(graph)
-    return {node: [v for v in _reads(node) if v not in constant] for node in graph}
+    return {node: [v for v in reads(node) if v not in constant] for node in graph}
 
 
 def _border(
@@ -102,7 +103,7 @@ def _border(
     pending = list(made)
     while pending:
         maker = pending.pop().producer()
-        for value in _reads(maker) if maker is not None else ():
+        for value in reads(maker) if maker is not None else ():
             if value in seen:
                 continue
             # a value of unknown type cannot be an input: go on to what it is made from
@@ -122,23 +123,9 @@ def _constants(graph: ir.Graph) -> set[ir.Value]:
     for node in graph:
         if node.op_type.startswith("Random") or node.op_type in ("Bernoulli", "Multinomial"):
             continue
-        if all(v in found for v in _reads(node)):
+        if all(v in found for v in reads(node)):
             found.update(node.outputs)
     return found
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """Values of the main graph that a node reads, through its subgraphs too."""
-    values = [v for v in node.inputs if v is not None]
-    for attribute in node.attributes.values():
-        if attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            continue
-        is_one = attribute.type == ir.AttributeType.GRAPH
-        for graph in [attribute.as_graph()] if is_one else attribute.as_graphs():
-            inner = {v for n in graph.all_nodes() for v in n.outputs} | set(graph.inputs)
-            used = [v for n in graph.all_nodes() for v in n.inputs if v is not None] + list(graph.outputs)
-            values += [v for v in used if v not in inner]
-    return values
 
 
 def _open_at(changed: Program, inputs: Mapping[str, str], makes: Sequence[str]) -> Program:

@@ -7,7 +7,7 @@ merges work the real program does at every site.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.errors import BackendError
+from lamina.ir.names import reads
 from lamina.ir.opset import raise_opset
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
@@ -180,19 +181,6 @@ def replicate(unit: Unit, count: int) -> tuple[ir.Model, dict[str, str]]:
 # -- copying ----------------------------------------------------------------------------------------
 
 
-def reads(node: ir.Node) -> Iterator[ir.Value]:
-    """Values a node reads, those its subgraphs take from around them included."""
-    yield from (v for v in node.inputs if v is not None)
-    for graph in _subgraphs(node):
-        own = {*graph.inputs, *graph.initializers.values()}
-        for inner in graph:
-            own.update(inner.outputs)
-        for value in (v for inner in graph for v in reads(inner)):
-            if value not in own:
-                yield value
-        yield from (v for v in graph.outputs if v not in own)
-
-
 def copy_node(node: ir.Node, mapping: dict[ir.Value, ir.Value], suffix: str = "") -> ir.Node:
     """A copy that reads what ``mapping`` says; its outputs are added to ``mapping``."""
     inputs = [None if v is None else mapping[v] for v in node.inputs]
@@ -225,16 +213,6 @@ def _copy_attribute(attribute: ir.Attr, mapping: Mapping[ir.Value, ir.Value]) ->
                     node.replace_input_with(i, mapping[value])
         copy.outputs[:] = [mapping.get(v, v) for v in copy.outputs]
     return ir.Attr(attribute.name, attribute.type, copies[0] if single else copies)
-
-
-def _subgraphs(node: ir.Node) -> list[ir.Graph]:
-    found: list[ir.Graph] = []
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            found.append(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            found.extend(attribute.as_graphs())
-    return found
 
 
 def _sweep(graph: ir.Graph) -> None:
