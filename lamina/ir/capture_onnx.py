@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from lamina.errors import CaptureError, UnsupportedOperator
 from lamina.ir.inference import holds_map, infer_shapes
 from lamina.ir.normalize import OLDEST, normalize
+from lamina.ir.opaque import STANDARD
 from lamina.ir.tensors import ExternalFiles
 
 _DAMAGED = "the file is truncated or not an ONNX model: export or download it again"
@@ -33,6 +34,7 @@ def from_path(path: Path) -> ir.Model:
             advice="load it yourself and pass the torch.nn.Module, or export it to .onnx first",
         )
     proto = _read(path, source)
+    _lift_plain_constants(proto.graph)
     files = ExternalFiles(path.parent)
     return _from_proto(proto, source, files)
 
@@ -84,6 +86,36 @@ def _read(path: Path, source: str) -> onnx.ModelProto:
         ) from error
     _check_shell(proto, source)
     return proto
+
+
+def _lift_plain_constants(graph: onnx.GraphProto) -> None:
+    """Turn Constant nodes into initializers before they become objects, a third of what some exporters write.
+
+    Only where all of them are tensors in one flat graph with nothing odd about it: what is left is lifted,
+    or refused, by :func:`lamina.ir.normalize.normalize`.
+    """
+    constants = [n for n in graph.node if n.op_type == "Constant" and n.domain in STANDARD]
+    outputs = [name for node in graph.node for name in node.output if name]
+    taken = {port.name for port in (*graph.initializer, *graph.input, *graph.output)}
+    if len(set(outputs)) < len(outputs) or not all(_is_plain(n, taken) for n in constants):
+        return
+    if any(a.HasField("g") or a.graphs for n in graph.node for a in n.attribute):
+        return
+    for node in constants:
+        tensor = graph.initializer.add()
+        tensor.CopyFrom(node.attribute[0].t)
+        tensor.name = node.output[0]
+    rest = [n for n in graph.node if n.op_type != "Constant" or n.domain not in STANDARD]
+    del graph.node[:]
+    graph.node.extend(rest)
+
+
+def _is_plain(node: onnx.NodeProto, taken: set[str]) -> bool:
+    if len(node.attribute) != 1 or len(node.output) != 1 or node.input or node.metadata_props:
+        return False
+    attribute, output = node.attribute[0], node.output[0]
+    tensor = attribute.name == "value" and attribute.HasField("t") and not attribute.ref_attr_name
+    return tensor and bool(output) and output not in taken
 
 
 def _check_shell(proto: onnx.ModelProto, source: str) -> None:

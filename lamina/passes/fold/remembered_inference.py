@@ -48,6 +48,7 @@ def remembering_pass() -> type | None:
             super()._reset()
             self._known: dict[Hashable, list[_Output]] = {}
             self._inferred: dict[Hashable, list[_Output]] = {}
+            self._computed: dict[Hashable, Any] = {}
 
         def visit_node(self, node: ir.Node, root: ir.Graph | ir.Function) -> None:
             """Do as before where a node like this one was left as it is; else ask the library."""
@@ -58,6 +59,22 @@ def remembering_pass() -> type | None:
                 super().visit_node(node, root)
                 if key is not None and node.graph is not None:  # it was not replaced
                     self._remember(node, self._known, key)
+
+        def process_node(self, node: ir.Node, is_function: bool) -> Any:
+            """Compute the same operator on the same small constants once."""
+            small = not is_function and node.graph is not None and _reads_small_constants(node)
+            key = _key(node, {}) if small else None
+            known = None if key is None else self._computed.get(key)
+            if known is not None:
+                self._do_inference(node)
+                value = self.new_initializer(node, known)
+                node.graph.register_initializer(value)  # type: ignore[union-attr]
+                return library.Replacement([value], [])
+            found = super().process_node(node, is_function)
+            if key is not None and found is not None and not found.new_nodes:
+                (value,) = found.new_outputs
+                self._computed[key] = None if value.const_value is None else value.const_value.numpy()
+            return found
 
         def _do_inference(self, node: ir.Node) -> None:
             key = _key(node, {})
@@ -116,6 +133,16 @@ class _Output:
 def _is_computed(node: ir.Node) -> bool:
     """Whether something that ``node`` reads is not constant: else its result is computed, and differs."""
     return any([v is not None and v.const_value is None for v in node.inputs])
+
+
+def _reads_small_constants(node: ir.Node) -> bool:
+    """Whether all that decides the only output of ``node`` is in its key."""
+    tensors = [None if v is None or v.is_graph_input() else v.const_value for v in node.inputs]
+    return (
+        len(node.outputs) == 1
+        and bool(tensors)
+        and all([t is not None and t.size <= _SMALL for t in tensors])
+    )
 
 
 def _key(node: ir.Node, contents: dict[ir.Value, Any]) -> Hashable | None:
