@@ -16,6 +16,7 @@ from lamina.ir.opaque import STANDARD
 from lamina.ir.tensors import ExternalFiles
 
 _DAMAGED = "the file is truncated or not an ONNX model: export or download it again"
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 _PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".safetensors", ".pt2"}
 
 
@@ -92,30 +93,35 @@ def _lift_plain_constants(graph: onnx.GraphProto) -> None:
     """Turn Constant nodes into initializers before they become objects, a third of what some exporters write.
 
     Only where all of them are tensors in one flat graph with nothing odd about it: what is left is lifted,
-    or refused, by :func:`lamina.ir.normalize.normalize`.
+    or refused, by :func:`lamina.ir.normalize.normalize`, to the same result.
     """
-    constants = [n for n in graph.node if n.op_type == "Constant" and n.domain in STANDARD]
-    outputs = [name for node in graph.node for name in node.output if name]
-    taken = {port.name for port in (*graph.initializer, *graph.input, *graph.output)}
-    if len(set(outputs)) < len(outputs) or not all(_is_plain(n, taken) for n in constants):
+    nodes = list(graph.node)
+    constants = [n for n in nodes if _is_constant(n)]
+    if not constants or not all(map(_is_plain, constants)):
         return
-    if any(a.HasField("g") or a.graphs for n in graph.node for a in n.attribute):
+    taken = [port.name for ports in (graph.initializer, graph.input, graph.output) for port in ports]
+    made = [name for node in nodes for name in node.output if name]
+    if len(set(made)) < len(made) or not {n.output[0] for n in constants}.isdisjoint(taken):
         return
-    for node in constants:
-        tensor = graph.initializer.add()
-        tensor.CopyFrom(node.attribute[0].t)
+    if any([a.type in _GRAPHS for n in nodes for a in n.attribute]):
+        return
+    graph.initializer.extend([n.attribute[0].t for n in constants])
+    for tensor, node in zip(graph.initializer[-len(constants) :], constants, strict=True):
         tensor.name = node.output[0]
-    rest = [n for n in graph.node if n.op_type != "Constant" or n.domain not in STANDARD]
-    del graph.node[:]
-    graph.node.extend(rest)
+    graph.node.sort(key=_is_constant)  # moves the messages; taking them out one by one would be quadratic
+    del graph.node[len(nodes) - len(constants) :]
 
 
-def _is_plain(node: onnx.NodeProto, taken: set[str]) -> bool:
+def _is_constant(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Constant" and node.domain in STANDARD
+
+
+def _is_plain(node: onnx.NodeProto) -> bool:
     if len(node.attribute) != 1 or len(node.output) != 1 or node.input or node.metadata_props:
         return False
-    attribute, output = node.attribute[0], node.output[0]
-    tensor = attribute.name == "value" and attribute.HasField("t") and not attribute.ref_attr_name
-    return tensor and bool(output) and output not in taken
+    attribute = node.attribute[0]
+    tensor = attribute.name == "value" and attribute.type == onnx.AttributeProto.TENSOR
+    return tensor and attribute.HasField("t") and not attribute.ref_attr_name and bool(node.output[0])
 
 
 def _check_shell(proto: onnx.ModelProto, source: str) -> None:

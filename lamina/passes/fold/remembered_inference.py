@@ -37,7 +37,7 @@ def remembering_pass() -> type | None:
     from onnxscript.optimizer import _constant_folding as library
 
     base = getattr(library, "FoldConstantsPass", None)
-    methods = ("visit_node", "process_node", "_do_inference", "_reset")
+    methods = ("visit_node", "process_node", "new_initializer", "_do_inference", "_reset")
     if base is None or not all(hasattr(base, name) for name in methods):
         return None
     rules = library.registry.op_evaluators  # (domain, operator) -> what it may become
@@ -49,6 +49,7 @@ def remembering_pass() -> type | None:
             self._known: dict[Hashable, list[_Output]] = {}
             self._inferred: dict[Hashable, list[_Output]] = {}
             self._computed: dict[Hashable, Any] = {}
+            self._array: Any = None  # what was computed last
 
         def visit_node(self, node: ir.Node, root: ir.Graph | ir.Function) -> None:
             """Do as before where a node like this one was left as it is; else ask the library."""
@@ -66,15 +67,19 @@ def remembering_pass() -> type | None:
             key = _key(node, {}) if small else None
             known = None if key is None else self._computed.get(key)
             if known is not None:
-                self._do_inference(node)
                 value = self.new_initializer(node, known)
                 node.graph.register_initializer(value)  # type: ignore[union-attr]
                 return library.Replacement([value], [])
+            self._array = None
             found = super().process_node(node, is_function)
-            if key is not None and found is not None and not found.new_nodes:
-                (value,) = found.new_outputs
-                self._computed[key] = None if value.const_value is None else value.const_value.numpy()
+            if key is not None and found is not None and self._array is not None:
+                self._computed[key] = self._array
             return found
+
+        def new_initializer(self, node: ir.Node, array: Any) -> Any:
+            """Note what was computed: a rule of the library may have said the result instead."""
+            self._array = array
+            return super().new_initializer(node, array)
 
         def _do_inference(self, node: ir.Node) -> None:
             key = _key(node, {})
@@ -85,9 +90,10 @@ def remembering_pass() -> type | None:
 
         def _read_through(self, node: ir.Node) -> None:
             """Read what an input is known to equal, as the library does first of all."""
+            equals = self._state.symbolic_value_map
             for i, value in enumerate(node.inputs):
-                equal = self._state.get_sym_value(value)
-                if isinstance(equal, ir.Value):
+                equal = None if value is None else equals.get(value)
+                if equal is not None and isinstance(equal, ir.Value):
                     node.replace_input_with(i, equal)
                     self._modified = True
 
