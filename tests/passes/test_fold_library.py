@@ -374,3 +374,28 @@ def test_computations_on_constants_that_differ_in_an_attribute_are_all_done() ->
     found = {k: v.const_value.numpy() for k, v in after.graph.initializers.items() if v.const_value}
     assert found["p"].shape == (1,)
     assert found["q"].shape == ()
+
+
+def test_an_operator_that_only_a_subgraph_has_is_seen() -> None:
+    before = program(
+        """g (float[N,4] x, bool c) => (float[N,4] y) { y = If (c) <
+            then_branch = t () => (float[N,4] p) { a = Relu(x) b = Identity(a) p = Neg(b) },
+            else_branch = e () => (float[N,4] q) { q = Abs(x) }> }"""
+    )
+    after, names, _ = fold(before)
+    assert names == ("eliminate_identities",)
+    branch = after.graph[0].attributes["then_branch"].as_graph()
+    assert [n.op_type for n in branch] == ["Relu", "Neg"]
+
+
+def test_a_pass_is_not_run_where_no_operator_is_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for name in ("lift_constants", "eliminate_identities", "fold_constant_if", "fold_shapes"):
+        cls = type(load(name))
+        assert cls.wants
+        monkeypatch.setattr(cls, "idle", lambda self, model: asked.append(self.name))
+        monkeypatch.setattr(cls, "apply", lambda self, rewriter: asked.append(self.name))
+    fold(build("y = Relu(x)"))
+    assert asked == []
+    fold(build("s = Shape(x) a = Identity(x) y = Reshape(a, s)"))
+    assert set(asked) == {"eliminate-identities", "fold-shapes"}
