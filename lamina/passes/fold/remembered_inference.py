@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cache
+from math import prod
 from typing import Any
 
 import onnx_ir as ir
@@ -144,11 +145,7 @@ def _is_computed(node: ir.Node) -> bool:
 def _reads_small_constants(node: ir.Node) -> bool:
     """Whether all that decides the only output of ``node`` is in its key."""
     tensors = [None if v is None or v.is_graph_input() else v.const_value for v in node.inputs]
-    return (
-        len(node.outputs) == 1
-        and bool(tensors)
-        and all([t is not None and t.size <= _SMALL for t in tensors])
-    )
+    return len(node.outputs) == 1 and bool(tensors) and all([t is not None and _is_small(t) for t in tensors])
 
 
 def _key(node: ir.Node, contents: dict[ir.Value, Any]) -> Hashable | None:
@@ -163,6 +160,7 @@ def _key(node: ir.Node, contents: dict[ir.Value, Any]) -> Hashable | None:
     inputs: list[Hashable] = []
     seen: dict[ir.Value, int] = {}
     large = followed = False
+    data: Hashable
     for i, read in enumerate(node.inputs):
         if read is None:
             inputs.append(None)
@@ -173,9 +171,12 @@ def _key(node: ir.Node, contents: dict[ir.Value, Any]) -> Hashable | None:
         known, tensor, content = _value(read), read.const_value, contents.get(read)
         if known is None or not (content is None or isinstance(content, ir.Shape)):
             return None
-        large = large or (tensor is not None and tensor.size > _SMALL)
+        if tensor is not None and not _is_small(tensor):
+            large, data = True, True
+        else:
+            data = None if tensor is None else _data(tensor)
         followed = followed or content is not None
-        inputs.append((known, _content(tensor), None if content is None else _dims(content)))
+        inputs.append((known, data, None if content is None else _dims(content)))
     if large and followed:
         return None
     # What an output is known to be is merged with what is inferred, so it is read as well.
@@ -195,12 +196,13 @@ def _dims(shape: ir.Shape) -> tuple[int | str | None, ...]:
     return tuple([d if isinstance(d, int) else d.value for d in shape])
 
 
-def _content(tensor: ir.TensorProtocol | None) -> Hashable:
-    """The data of a small constant, and of a large one that there is some."""
-    if tensor is None:
-        return None
-    if tensor.size > _SMALL:
-        return True
+def _is_small(tensor: ir.TensorProtocol) -> bool:
+    """Whether the library looks at the numbers in ``tensor``."""
+    return prod(tensor.shape.dims) <= _SMALL  # type: ignore[arg-type]
+
+
+def _data(tensor: ir.TensorProtocol) -> Hashable:
+    """What is in ``tensor``."""
     if tensor.dtype == ir.DataType.STRING:
         return tuple(tensor.string_data())  # type: ignore[attr-defined]
     return tensor.tobytes()
