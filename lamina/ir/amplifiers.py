@@ -7,12 +7,10 @@ hundred bytes could ask for terabytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
-
-from lamina.ir.names import every_node
 
 # operator -> the inputs whose values decide how much it makes
 _SIZES: dict[str, tuple[int, ...]] = {
@@ -34,13 +32,13 @@ _LIMIT = 1 << 22  # elements: a few seconds of inference
 _ENDLESS = 1 << 62
 
 
-def heavy_nodes(model: ir.Model, limit: int = _LIMIT) -> list[ir.Node]:
-    """Nodes of the model and its subgraphs that may make more than ``limit`` elements from constants.
+def heavy_nodes(nodes: Iterable[ir.Node], limit: int = _LIMIT) -> list[ir.Node]:
+    """Those of ``nodes`` that may make more than ``limit`` elements from constants.
 
     An upper bound is taken: the product of all numbers that reach a size, so that what is left out is safe.
     Shapes that values state are believed. Linear in the nodes behind each size.
     """
-    return [n for n in every_node(model.graph) if amplifies(n) and _bound(n, limit) > limit]
+    return [n for n in nodes if amplifies(n) and _bound(n, limit) > limit]
 
 
 def amplifies(node: ir.Node) -> bool:

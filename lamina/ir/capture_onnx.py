@@ -12,9 +12,11 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from lamina.errors import CaptureError, UnsupportedOperator
 from lamina.ir.inference import holds_map, infer_shapes
 from lamina.ir.normalize import OLDEST, normalize
+from lamina.ir.opaque import STANDARD
 from lamina.ir.tensors import ExternalFiles
 
 _DAMAGED = "the file is truncated or not an ONNX model: export or download it again"
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 _PICKLES = {".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".bin", ".safetensors", ".pt2"}
 
 
@@ -33,6 +35,7 @@ def from_path(path: Path) -> ir.Model:
             advice="load it yourself and pass the torch.nn.Module, or export it to .onnx first",
         )
     proto = _read(path, source)
+    _lift_plain_constants(proto.graph)
     files = ExternalFiles(path.parent)
     return _from_proto(proto, source, files)
 
@@ -84,6 +87,41 @@ def _read(path: Path, source: str) -> onnx.ModelProto:
         ) from error
     _check_shell(proto, source)
     return proto
+
+
+def _lift_plain_constants(graph: onnx.GraphProto) -> None:
+    """Turn Constant nodes into initializers before they become objects, a third of what some exporters write.
+
+    Only where all of them are tensors in one flat graph with nothing odd about it: what is left is lifted,
+    or refused, by :func:`lamina.ir.normalize.normalize`, to the same result.
+    """
+    nodes = list(graph.node)
+    constants = [n for n in nodes if _is_constant(n)]
+    if not constants or not all(map(_is_plain, constants)):
+        return
+    taken = [port.name for ports in (graph.initializer, graph.input, graph.output) for port in ports]
+    made = [name for node in nodes for name in node.output if name]
+    if len(set(made)) < len(made) or not {n.output[0] for n in constants}.isdisjoint(taken):
+        return
+    if any([a.type in _GRAPHS for n in nodes for a in n.attribute]):
+        return
+    graph.initializer.extend([n.attribute[0].t for n in constants])
+    for tensor, node in zip(graph.initializer[-len(constants) :], constants, strict=True):
+        tensor.name = node.output[0]
+    graph.node.sort(key=_is_constant)  # moves the messages; taking them out one by one would be quadratic
+    del graph.node[len(nodes) - len(constants) :]
+
+
+def _is_constant(node: onnx.NodeProto) -> bool:
+    return node.op_type == "Constant" and node.domain in STANDARD
+
+
+def _is_plain(node: onnx.NodeProto) -> bool:
+    if len(node.attribute) != 1 or len(node.output) != 1 or node.input or node.metadata_props:
+        return False
+    attribute = node.attribute[0]
+    tensor = attribute.name == "value" and attribute.type == onnx.AttributeProto.TENSOR
+    return tensor and attribute.HasField("t") and not attribute.ref_attr_name and bool(node.output[0])
 
 
 def _check_shell(proto: onnx.ModelProto, source: str) -> None:

@@ -47,7 +47,7 @@ def follows_values(model: ir.Model) -> bool:
         for value in node.outputs:
             value.shape = None  # what a file states of its inner values may be a lie
     _round(scratch, skeleton(scratch)[0], forget=True, follow=False)
-    return not heavy_nodes(scratch)
+    return not heavy_nodes(every_node(scratch.graph))
 
 
 def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool, follow: bool) -> None:

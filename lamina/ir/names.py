@@ -102,7 +102,10 @@ def every_node(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
     """
     for node in graph:
         yield node
-        for attribute in node.attributes.data.values():
+        held = node.attributes.data
+        if not held:
+            continue
+        for attribute in held.values():
             if attribute.type is _GRAPH and not attribute.is_ref():
                 yield from every_node(attribute.value)
             elif attribute.type is _GRAPHS and not attribute.is_ref():

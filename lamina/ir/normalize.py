@@ -19,6 +19,7 @@ from lamina.ir.schemas import fault_of_types, type_text
 from lamina.ir.skeleton import skeleton
 from lamina.ir.tensors import ExternalFiles, own, shape_of
 
+_TENSOR = ir.AttributeType.TENSOR
 OLDEST = 13  # what older models are raised to
 _EXPORT_AGAIN = "the model is invalid: export it again, or check it with onnx.checker"
 
@@ -33,14 +34,17 @@ def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
         CaptureError: The model is not valid ONNX.
         UnsupportedOperator: It uses an opset lamina does not know, or no operator of ONNX in ONNX's domain.
     """
-    _default_domain(model)
+    nodes = list(_every_node(model))
+    _default_domain(model, nodes)
     _check_opset(model, source)
-    _check_operators(model, source)
-    _inline(model, source)
+    _check_operators(model, nodes, source)
+    if model.functions:
+        _inline(model, source)
+        nodes = list(every_node(model.graph))
     _check_references(model, source)
-    _check_attributes(model, source)
+    _check_attributes(nodes, source)
     _sort(model, source)
-    _own_tensors(model, source, files)
+    _own_tensors(model, nodes, source, files)
     with opaque_subgraphs_hidden(model):
         _lift_constants(model)
         common.LiftSubgraphInitializersToMainGraphPass()(model)
@@ -60,13 +64,13 @@ def _imports(model: ir.Model) -> list[onnx.OperatorSetIdProto]:
     return [onnx.helper.make_opsetid(d, v) for d, v in model.opset_imports.items() if d in STANDARD]
 
 
-def _default_domain(model: ir.Model) -> None:
+def _default_domain(model: ir.Model, nodes: list[ir.Node]) -> None:
     """Spell the default domain one way: ``""``."""
     for imports in (model.opset_imports, *(f.opset_imports for f in model.functions.values())):
         if "ai.onnx" in imports:
             version = imports.pop("ai.onnx")
             imports.setdefault("", version)
-    for node in _every_node(model):
+    for node in nodes:
         if node.domain == "ai.onnx":
             node.domain = ""
 
@@ -82,12 +86,13 @@ def label(node: ir.Node) -> str:
     return f"{node.op_type} '{node.name or next((v.name for v in node.outputs if v.name), '')}'"
 
 
-def _check_operators(model: ir.Model, source: str) -> None:
+def _check_operators(model: ir.Model, nodes: list[ir.Node], source: str) -> None:
     """Operators of other domains are carried through, never looked into; ONNX's own must exist."""
-    for node in _every_node(model):
-        if node.domain not in STANDARD or node.op_identifier() in model.functions:
-            continue
-        if not onnx.defs.has(node.op_type):
+    known = {op for op in {n.op_type for n in nodes} if onnx.defs.has(op)}
+    for node in nodes:
+        if node.op_type not in known and node.domain in STANDARD:
+            if node.op_identifier() in model.functions:
+                continue
             raise UnsupportedOperator(
                 f"{label(node)} is not an ONNX operator", where=source, advice="export the model again"
             )
@@ -122,8 +127,6 @@ def _check_types(model: ir.Model, source: str) -> None:
 
 
 def _inline(model: ir.Model, source: str) -> None:
-    if not model.functions:
-        return
     check_calls(model, source)
     try:
         common.InlinePass()(model)
@@ -152,10 +155,10 @@ def _check_references(model: ir.Model, source: str) -> None:
                 )
 
 
-def _check_attributes(model: ir.Model, source: str) -> None:
+def _check_attributes(nodes: list[ir.Node], source: str) -> None:
     """With the functions inlined, no attribute may still stand for one of a function."""
-    for node in every_node(model.graph):
-        loose = next((a for a in node.attributes.values() if a.is_ref()), None)
+    for node in nodes:
+        loose = next((a for a in node.attributes.data.values() if a.is_ref()), None)
         if loose is not None and node.domain in STANDARD:
             raise CaptureError(
                 f"attribute '{loose.name}' of {label(node)} refers to '{loose.ref_attr_name}' of a function, "
@@ -222,7 +225,7 @@ def _producers(node: ir.Node) -> Iterator[ir.Node]:
             yield producer
 
 
-def _own_tensors(model: ir.Model, source: str, files: ExternalFiles) -> None:
+def _own_tensors(model: ir.Model, nodes: list[ir.Node], source: str, files: ExternalFiles) -> None:
     for graph in every_graph(model.graph):
         for value in graph.initializers.values():
             if value.const_value is None:
@@ -237,9 +240,9 @@ def _own_tensors(model: ir.Model, source: str, files: ExternalFiles) -> None:
             shape = shape_of(value.const_value)
             if not (value.is_graph_output() and _allows(value.shape, shape)):  # what an interface says stays
                 value.shape = shape
-    for node in every_node(model.graph):
-        for name, attribute in tuple(node.attributes.items()):
-            if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+    for node in nodes:
+        for name, attribute in tuple(node.attributes.data.items()):
+            if attribute.type is _TENSOR and not attribute.is_ref():
                 tensor = own(attribute.value, files, source)
                 node.attributes[name] = ir.AttrTensor(name, tensor)
 

@@ -69,15 +69,26 @@ class Rewriter:
     Args:
         model: The model being changed; owns opsets.
         graph: The graph new nodes go into; the main graph when omitted.
-        names: Name table to share with a parent rewriter, so names stay unique over subgraphs.
+        parent: A rewriter to share the table of names with, so that they stay unique over subgraphs.
+        nodes: All nodes of the model as it is now, subgraphs included, where the caller has them at hand.
+
+    Attributes:
+        nodes: All nodes of the model where that is known, else None. Whoever was given them and changes the
+            graph says anew what they are.
     """
 
     def __init__(
-        self, model: ir.Model, graph: ir.Graph | None = None, *, parent: Rewriter | None = None
+        self,
+        model: ir.Model,
+        graph: ir.Graph | None = None,
+        *,
+        parent: Rewriter | None = None,
+        nodes: list[ir.Node] | None = None,
     ) -> None:
         self.model = model
         self.graph = model.graph if graph is None else graph
         self.records: list[Rewrite] = [] if parent is None else parent.records
+        self.nodes = nodes
         self._anchor: ir.Node | None = None
         self._index: _Index = _Index(model) if parent is None else parent._index
 

@@ -185,7 +185,7 @@ def _plain(proto: onnx.TensorProto) -> ir.TensorProtocol | None:
         return None
     dtype, read_as = kind
     dims = tuple(proto.dims)
-    if min(dims, default=0) < 0 or len(data) != math.prod(dims) * read_as.itemsize:
+    if len(data) != math.prod(dims) * read_as.itemsize or min(dims, default=0) < 0:
         return None
     return ir.Tensor(
         np.frombuffer(data, read_as).reshape(dims), dtype=dtype, shape=ir.Shape(dims), name=proto.name

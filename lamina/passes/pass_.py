@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
+from lamina.ir.names import every_node
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 
@@ -97,6 +98,9 @@ class Fold:
     effect: ClassVar[Effect] = Exact()
     paper: ClassVar[str] = ""
     minimum_opset: ClassVar[int] = 13
+    # Operators of which one must be in the model, subgraphs included, for there to be anything to do; empty:
+    # that cannot be told from the operators.
+    wants: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -105,7 +109,7 @@ class Fold:
 
     def idle(self, model: ir.Model) -> bool:
         """Whether it is certain, at little cost, that :meth:`apply` would change nothing."""
-        return False
+        return bool(self.wants) and not any(n.op_type in self.wants for n in every_node(model.graph))
 
     def apply(self, rewriter: Rewriter) -> None:
         """Change the model under ``rewriter``, recording each change with ``rewriter.record``."""

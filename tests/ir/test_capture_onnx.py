@@ -183,6 +183,68 @@ def test_a_constant_that_is_an_output_is_still_produced() -> None:
     np.testing.assert_array_equal(run(program.model, feeds)[1], [3.0])
 
 
+def _constant(name: str, *values: float, **more: object) -> onnx.NodeProto:
+    tensor = numpy_helper.from_array(np.array(values, np.float32), "not its name")
+    return helper.make_node("Constant", [], [name], value=tensor, **more)
+
+
+def _add(read: str, made: str) -> onnx.NodeProto:
+    return helper.make_node("Add", ["x", read], [made])
+
+
+_NUMBER = helper.make_node("Constant", [], ["d"], value_float=2.0)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "lifted_early"),
+    [
+        ([_constant("c", 3.0), _add("c", "h"), _constant("d", 4.0), _add("d", "y")], True),
+        ([_constant("c", 3.0), _NUMBER, _add("c", "y")], False),
+        ([_constant("y", 3.0)], False),
+    ],
+)
+def test_constants_of_a_file_are_lifted_as_those_of_a_message(
+    nodes: list[onnx.NodeProto], lifted_early: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lamina.ir import capture_onnx
+
+    seen: list[list[str]] = []
+    reader = capture_onnx._from_proto
+
+    def kept(message: onnx.ModelProto, *more: object) -> ir.Model:
+        seen.append([n.op_type for n in message.graph.node])
+        return reader(message, *more)
+
+    model = proto(nodes, {"x": [1]}, {"y": [1]})
+    expected = capture(model)
+    monkeypatch.setattr(capture_onnx, "_from_proto", kept)
+    found = capture(_saved(tmp_path, model))
+    assert ("Constant" not in seen[0]) == lifted_early
+    assert list(found.graph.initializers) == list(expected.graph.initializers)
+    assert [n.name for n in found.graph] == [n.name for n in expected.graph]
+    assert found.fingerprint == expected.fingerprint
+    assert all(
+        v.const_value is not None and v.const_value.name == k for k, v in found.graph.initializers.items()
+    )
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        [_constant("c", 3.0), _constant("c", 4.0), _add("c", "y")],
+        [_constant("c", 3.0), helper.make_node("Relu", ["x"], ["c"]), _add("c", "y")],
+        [_constant("x", 3.0), _add("x", "y")],
+    ],
+)
+def test_a_constant_that_takes_a_name_twice_is_refused(nodes: list[onnx.NodeProto], tmp_path: Path) -> None:
+    model = proto(nodes, {"x": [1]}, {"y": [1]})
+    with pytest.raises(CaptureError) as of_message:
+        capture(model)
+    with pytest.raises(CaptureError) as of_file:
+        capture(_saved(tmp_path, model))
+    assert of_file.value.what == of_message.value.what
+
+
 def test_wrong_inner_shapes_are_corrected_and_the_interface_is_believed() -> None:
     model = mlp()
     model.graph.value_info.append(helper.make_tensor_value_info("h1", TensorProto.FLOAT, ["batch", 99]))

@@ -346,3 +346,56 @@ def test_a_neutral_constant_leaves(body: str) -> None:
     )
     feeds = [{"x": np.array([[0, 1, -2, 3]], np.float32)}]
     assert ops(check(before, "simplify_patterns", feeds)) in ({"Abs": 1}, {"Identity": 1, "Abs": 1})
+
+
+def test_equal_computations_on_constants_are_done_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxscript.optimizer import _constant_folding as library
+
+    asked: list[str] = []
+    real = library._reference_evaluator.evaluate
+
+    def counted(domain: str, op_type: str, version: int, *inputs: Any, **attributes: Any) -> Any:
+        asked.append(op_type)
+        return real(domain, op_type, version, *inputs, **attributes)
+
+    monkeypatch.setattr(library._reference_evaluator, "evaluate", counted)
+    body = " ".join(f"r{i} = Sqrt(a{i}) m{i} = Mul(x, r{i})" for i in range(4))
+    weights = {f"a{i}": np.array([4.0 if i < 3 else 9.0], np.float32) for i in range(4)}
+    after = check(build(f"{body} y = Sum(m0, m1, m2, m3)", weights), "fold_constants", feeds())
+    assert asked == ["Sqrt", "Sqrt"]
+    found = {k: float(v.const_value.numpy()[0]) for k, v in after.graph.initializers.items() if v.const_value}
+    assert found == {"r0": 2.0, "r1": 2.0, "r2": 2.0, "r3": 3.0}
+
+
+def test_computations_on_constants_that_differ_in_an_attribute_are_all_done() -> None:
+    body = "p = ReduceSum <keepdims=1> (c) q = ReduceSum <keepdims=0> (c) r = Mul(x, p) y = Mul(r, q)"
+    before = build(body, {"c": np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], np.float32)})
+    after = check(before, "fold_constants", feeds())
+    found = {k: v.const_value.numpy() for k, v in after.graph.initializers.items() if v.const_value}
+    assert found["p"].shape == (1,)
+    assert found["q"].shape == ()
+
+
+def test_an_operator_that_only_a_subgraph_has_is_seen() -> None:
+    before = program(
+        """g (float[N,4] x, bool c) => (float[N,4] y) { y = If (c) <
+            then_branch = t () => (float[N,4] p) { a = Relu(x) b = Identity(a) p = Neg(b) },
+            else_branch = e () => (float[N,4] q) { q = Abs(x) }> }"""
+    )
+    after, names, _ = fold(before)
+    assert names == ("eliminate_identities",)
+    branch = after.graph[0].attributes["then_branch"].as_graph()
+    assert [n.op_type for n in branch] == ["Relu", "Neg"]
+
+
+def test_a_pass_is_not_run_where_no_operator_is_what_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for name in ("lift_constants", "eliminate_identities", "fold_constant_if", "fold_shapes"):
+        cls = type(load(name))
+        assert cls.wants
+        monkeypatch.setattr(cls, "idle", lambda self, model: asked.append(self.name))
+        monkeypatch.setattr(cls, "apply", lambda self, rewriter: asked.append(self.name))
+    fold(build("y = Relu(x)"))
+    assert asked == []
+    fold(build("s = Shape(x) a = Identity(x) y = Reshape(a, s)"))
+    assert set(asked) == {"eliminate-identities", "fold-shapes"}

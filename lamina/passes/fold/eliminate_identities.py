@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from lamina.passes.fold.graph import every_node
 from lamina.passes.fold.library import LibraryFold, common
 from lamina.passes.pass_ import Effect, Exact
 
@@ -21,10 +20,7 @@ class EliminateIdentities(LibraryFold):
     """
 
     effect: ClassVar[Effect] = Exact()
-
-    def idle(self, model: ir.Model) -> bool:
-        """Whether there is no Identity."""
-        return not any(n.op_type == "Identity" for n in every_node(model.graph))
+    wants: ClassVar[tuple[str, ...]] = ("Identity",)
 
     def run(self, model: ir.Model) -> None:
         """Call the library."""

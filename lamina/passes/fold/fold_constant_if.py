@@ -24,6 +24,7 @@ class FoldConstantIf(Fold):
     """
 
     effect: ClassVar[Effect] = Exact()
+    wants: ClassVar[tuple[str, ...]] = ("If",)
 
     def fires(self, model: ir.Model) -> bool:
         """Whether an If, outside of others that fold, has a constant condition."""

@@ -48,11 +48,11 @@ class FoldConstants(LibraryFold):
 
 def _too_large(model: ir.Model, limit: int) -> list[ir.Node]:
     """Constant nodes whose result is not worth computing: the library looks at its size only afterwards."""
-    heavy, found = set(heavy_nodes(model)), []
+    nodes = list(every_node(model.graph))
+    heavy, found = set(heavy_nodes(nodes)), []
     constant: set[ir.Value] = set()
-    for node in every_node(model.graph):
-        reads = [v for v in node.inputs if v is not None]
-        if not all(v.const_value is not None or v in constant for v in reads):
+    for node in nodes:
+        if not all([v is None or v.const_value is not None or v in constant for v in node.inputs]):
             continue
         constant.update(node.outputs)
         if node in heavy or any(_elements(v) > limit for v in node.outputs):

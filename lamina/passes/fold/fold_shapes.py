@@ -30,6 +30,7 @@ class FoldShapes(Fold):
     """
 
     effect: ClassVar[Effect] = Exact()
+    wants: ClassVar[tuple[str, ...]] = ("Shape", "Size")
 
     def idle(self, model: ir.Model) -> bool:
         """Whether nothing reads a shape."""

@@ -126,13 +126,26 @@ def substitute(
 
 
 class Operators:
-    """The standard operators of one graph, as it is now, by their types."""
+    """The standard operators of one graph, as it is now, by their types.
 
-    def __init__(self, graph: ir.Graph) -> None:
+    Args:
+        graph: Where they are.
+        nodes: Its nodes and those of its subgraphs, where the caller has them at hand.
+    """
+
+    def __init__(self, graph: ir.Graph, nodes: Iterable[ir.Node] | None = None) -> None:
         self._found: dict[str, list[tuple[int, ir.Node]]] = {}
-        for place, node in enumerate(graph):
+        self._inner: set[str] = set()
+        for place, node in enumerate(graph if nodes is None else nodes):
             if node.domain in _STANDARD:
-                self._found.setdefault(node.op_type, []).append((place, node))
+                if node.graph is graph:
+                    self._found.setdefault(node.op_type, []).append((place, node))
+                else:
+                    self._inner.add(node.op_type)
+
+    def __contains__(self, op_type: str) -> bool:
+        """Whether there is one, in a subgraph too where those were given."""
+        return op_type in self._found or op_type in self._inner
 
     def named(self, op_types: Iterable[str]) -> list[ir.Node]:
         """Those of these types, in the graph's order."""

@@ -29,14 +29,13 @@ _NUMBERS = count()  # no two hidden nodes share a domain, so nothing takes one f
 
 def is_fenced(node: ir.Node) -> bool:
     """Whether a node is random, stateful, in training mode, or of a domain nothing is known about."""
-    op_type = node.op_type
+    op_type, outputs = node.op_type, node.outputs
     if node.domain not in _STANDARD or op_type in _RANDOM:
         return True
     if op_type in _SOMETIMES and _is_exception(node):
         return True
-    return not all(
-        [v.name for v in node.outputs]
-    )  # trap: CSE would let a left-out output stand for a used one
+    # trap: CSE would let a left-out output stand for a used one
+    return not (outputs[0].name if len(outputs) == 1 else all([v.name for v in outputs]))
 
 
 def _is_exception(node: ir.Node) -> bool:
@@ -147,28 +146,28 @@ class LibraryFold(Fold):
     def apply(self, rewriter: Rewriter) -> None:
         """Run the library pass behind the fence, then restore names and record what it removed."""
         model = rewriter.model
-        nodes = list(every_node(model.graph))
-        before = {n.name: n.op_type for n in nodes}
+        nodes = list(every_node(model.graph)) if rewriter.nodes is None else rewriter.nodes
+        before = [(n.name, n.op_type) for n in nodes]
         owners = {v.name: n.name for n in nodes for v in n.outputs if v.name and n.name}
         weights = len(model.graph.initializers)
         with protected(model, nodes):
             self.run(model)
         after = list(every_node(model.graph))
-        adopt_names(after, owners, rewriter)
-        self._record(rewriter, before, after, weights)
+        if after != nodes or before != [(n.name, n.op_type) for n in after]:
+            adopt_names(after, owners, rewriter)
+            self._record_nodes(rewriter, dict(before), after)
+        gone = weights - len(model.graph.initializers)
+        if gone > 0:
+            rewriter.record(self.name, "initializers", f"{gone} fewer")
+        rewriter.nodes = after
 
-    def _record(
-        self, rewriter: Rewriter, before: dict[str | None, str], nodes: list[ir.Node], weights_before: int
-    ) -> None:
+    def _record_nodes(self, rewriter: Rewriter, before: dict[str | None, str], nodes: list[ir.Node]) -> None:
         after = {n.name: n.op_type for n in nodes}
-        for name, op_type in before.items() if before != after else ():
+        for name, op_type in before.items():
             now = after.get(name)
             if now != op_type:
                 why = f"{op_type} was removed" if now is None else f"{op_type} became {now}"
                 rewriter.record(self.name, name or op_type, why)
-        gone = weights_before - len(rewriter.model.graph.initializers)
-        if gone > 0:
-            rewriter.record(self.name, "initializers", f"{gone} fewer")
 
 
 def common(name: str, *arguments: Any, **options: Any) -> ir.passes.InPlacePass:

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from lamina.passes.fold.graph import every_node
 from lamina.passes.fold.library import LibraryFold, common
 from lamina.passes.pass_ import Effect, Exact
 
@@ -21,10 +20,7 @@ class LiftConstants(LibraryFold):
     """
 
     effect: ClassVar[Effect] = Exact()
-
-    def idle(self, model: ir.Model) -> bool:
-        """Whether there is no Constant."""
-        return not any(n.op_type == "Constant" for n in every_node(model.graph))
+    wants: ClassVar[tuple[str, ...]] = ("Constant",)
 
     def run(self, model: ir.Model) -> None:
         """Call the library."""

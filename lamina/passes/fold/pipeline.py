@@ -24,6 +24,7 @@ from lamina.passes.fold.catalog import (
     load,
 )
 from lamina.passes.fold.graph import LocalFold, Operators, every_node
+from lamina.passes.fold.library import LibraryFold
 from lamina.passes.fold.thorough import verify_outputs
 from lamina.passes.pass_ import Fold
 
@@ -97,9 +98,9 @@ def replay(program: Program, names: Sequence[str]) -> tuple[Program, list[Rewrit
     """Do what :func:`apply_named` does, and return the changes as well."""
     model, records = program.clone().model, list[Rewrite]()
     with collector_paused():
-        now = fingerprint(model)
+        now = fingerprint(model, list(every_node(model.graph)))
         for name in names:
-            model, now = _guarded(canonical(name), model, now, program, records)
+            model, now, _ = _guarded(canonical(name), model, now, program, records)
     return program.with_model(model), records
 
 
@@ -127,11 +128,13 @@ class _Run:
     careful: bool = True
     _now: Fingerprint = field(init=False)
     _settled: dict[str, int] = field(default_factory=dict)
-    _operators: Operators | None = None  # None: not looked at since the last change
+    _nodes: list[ir.Node] | None = None  # None: not looked at since the last change
+    _operators: Operators | None = None  # likewise
 
     def __post_init__(self) -> None:
         self.model = self.program.clone().model
-        self._now = fingerprint(self.model)
+        self._nodes = list(every_node(self.model.graph))
+        self._now = fingerprint(self.model, self._nodes)
 
     def to_fixed_point(self, always: Sequence[str], forms: Sequence[str]) -> None:
         """Run passes until none changes anything, then the forms and what tidies up after them."""
@@ -151,7 +154,7 @@ class _Run:
             return False
         records: list[Rewrite] = []
         try:
-            now = self._now if self._is_idle(name) else self._guarded(name, records)
+            now, nodes = (self._now, self._nodes) if self._is_idle(name) else self._guarded(name, records)
         except Exception as error:  # a library's bug must not stop the user; it is on record
             if not self.careful:
                 raise
@@ -160,7 +163,7 @@ class _Run:
         if now == self._now:
             self._settled[name] = len(self.applied)
             return False
-        self._now, self._operators = now, None
+        self._now, self._nodes, self._operators = now, nodes, None
         self.applied.append(name)
         self.records.extend(records)
         if name in UNAFFECTED:
@@ -168,17 +171,19 @@ class _Run:
         return True
 
     def _is_idle(self, name: str) -> bool:
-        """Whether a pass that looks at one node at a time finds none: those share one view of the graph."""
+        """Whether what a pass wants is not there; passes share one view of the graph to look for it."""
         found = load(name)
-        if not isinstance(found, LocalFold):
-            return False
         if self._operators is None:
-            self._operators = Operators(self.model.graph)
-        return found.idle(self.model, self._operators)
+            self._operators = Operators(self.model.graph, self._nodes)
+        if found.wants and not any(op in self._operators for op in found.wants):
+            return True
+        return isinstance(found, LocalFold) and found.idle(self.model, self._operators)
 
-    def _guarded(self, name: str, records: list[Rewrite]) -> Fingerprint:
-        self.model, now = _guarded(name, self.model, self._now, self.program, records, verify=self.careful)
-        return now
+    def _guarded(self, name: str, records: list[Rewrite]) -> tuple[Fingerprint, list[ir.Node] | None]:
+        self.model, now, nodes = _guarded(
+            name, self.model, self._now, self.program, records, verify=self.careful, nodes=self._nodes
+        )
+        return now, nodes
 
     def _is_settled(self, name: str) -> bool:
         """Whether nothing that concerns the pass changed since it found nothing more to do."""
@@ -191,7 +196,8 @@ class _Run:
         reason = error.what if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
         self.records.append(Rewrite(load(name).name, "model", f"undone: {reason.splitlines()[0][:200]}"))
         self.model = apply_named(self.program, self.applied).model
-        self._now, self._operators = fingerprint(self.model), None
+        self._nodes, self._operators = list(every_node(self.model.graph)), None
+        self._now = fingerprint(self.model, self._nodes)
 
 
 def _guarded(
@@ -201,26 +207,40 @@ def _guarded(
     program: Program,
     records: list[Rewrite],
     verify: bool = True,
-) -> tuple[ir.Model, Fingerprint]:
+    nodes: list[ir.Node] | None = None,
+) -> tuple[ir.Model, Fingerprint, list[ir.Node] | None]:
     """Run one pass on ``model`` in place, and check interface and structure if it changed something.
 
-    Returns the model and its fingerprint, which was ``before``.
+    Args:
+        name: Of the pass.
+        model: What to change.
+        before: Its fingerprint.
+        program: The original.
+        records: Receives the changes.
+        verify: Whether to check.
+        nodes: All nodes of ``model``, where the caller has looked; then it has also looked whether a pass
+            that works on one node at a time has something to do.
+
+    Returns:
+        The model, its fingerprint, and all of its nodes where they are known.
     """
     found = load(name)
-    if found.idle(model):
-        return model, before
+    known = nodes is not None and isinstance(found, LocalFold)
+    if not known and found.idle(model):
+        return model, before, nodes
     model = _with_opset(found, model)
-    rewriter = Rewriter(model)
+    rewriter = Rewriter(model, nodes=nodes if isinstance(found, LibraryFold) else None)
     if not isinstance(found, LocalFold) or found.minimum_opset <= model.opset_imports.get("", 1):
         found.apply(rewriter)
     records.extend(rewriter.records)
     _keep_interface(found.name, model, program)
-    after = fingerprint(model)
+    now = list(every_node(model.graph)) if rewriter.nodes is None else rewriter.nodes
+    after = fingerprint(model, now)
     if verify and after != before:
         verify_structure(model, found.name)
         if verify_all():
             verify_outputs(program, program.with_model(model), found.name)
-    return model, after
+    return model, after, now
 
 
 def _with_opset(found: Fold, model: ir.Model) -> ir.Model:
@@ -230,10 +250,10 @@ def _with_opset(found: Fold, model: ir.Model) -> ir.Model:
     return model
 
 
-def fingerprint(model: ir.Model) -> Fingerprint:
-    """What differs when nodes, edges, names or types do."""
+def fingerprint(model: ir.Model, nodes: Sequence[ir.Node]) -> Fingerprint:
+    """What differs when nodes, edges, names or types do; ``nodes`` are all nodes of ``model``."""
     parts: Fingerprint = [(dict(model.opset_imports), tuple(model.graph.initializers))]
-    for node in every_node(model.graph):
+    for node in nodes:
         parts.append((node, node.name, node.domain, node.op_type, len(node.attributes.data), node.inputs))
         for value in node.outputs:
             kind, shape = value.type, value.shape

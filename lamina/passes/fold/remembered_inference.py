@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from functools import cache
+from math import prod
 from typing import Any
 
 import onnx_ir as ir
@@ -37,7 +38,7 @@ def remembering_pass() -> type | None:
     from onnxscript.optimizer import _constant_folding as library
 
     base = getattr(library, "FoldConstantsPass", None)
-    methods = ("visit_node", "process_node", "_do_inference", "_reset")
+    methods = ("visit_node", "process_node", "new_initializer", "_do_inference", "_reset")
     if base is None or not all(hasattr(base, name) for name in methods):
         return None
     rules = library.registry.op_evaluators  # (domain, operator) -> what it may become
@@ -48,6 +49,8 @@ def remembering_pass() -> type | None:
             super()._reset()
             self._known: dict[Hashable, list[_Output]] = {}
             self._inferred: dict[Hashable, list[_Output]] = {}
+            self._computed: dict[Hashable, Any] = {}
+            self._array: Any = None  # what was computed last
 
         def visit_node(self, node: ir.Node, root: ir.Graph | ir.Function) -> None:
             """Do as before where a node like this one was left as it is; else ask the library."""
@@ -59,6 +62,26 @@ def remembering_pass() -> type | None:
                 if key is not None and node.graph is not None:  # it was not replaced
                     self._remember(node, self._known, key)
 
+        def process_node(self, node: ir.Node, is_function: bool) -> Any:
+            """Compute the same operator on the same small constants once."""
+            small = not is_function and node.graph is not None and _reads_small_constants(node)
+            key = _key(node, {}) if small else None
+            known = None if key is None else self._computed.get(key)
+            if known is not None:
+                value = self.new_initializer(node, known)
+                node.graph.register_initializer(value)  # type: ignore[union-attr]
+                return library.Replacement([value], [])
+            self._array = None
+            found = super().process_node(node, is_function)
+            if key is not None and found is not None and self._array is not None:
+                self._computed[key] = self._array
+            return found
+
+        def new_initializer(self, node: ir.Node, array: Any) -> Any:
+            """Note what was computed: a rule of the library may have said the result instead."""
+            self._array = array
+            return super().new_initializer(node, array)
+
         def _do_inference(self, node: ir.Node) -> None:
             key = _key(node, {})
             if key is None or not self._recall(node, self._inferred.get(key)):
@@ -68,9 +91,10 @@ def remembering_pass() -> type | None:
 
         def _read_through(self, node: ir.Node) -> None:
             """Read what an input is known to equal, as the library does first of all."""
+            equals = self._state.symbolic_value_map
             for i, value in enumerate(node.inputs):
-                equal = self._state.get_sym_value(value)
-                if isinstance(equal, ir.Value):
+                equal = None if value is None else equals.get(value)
+                if equal is not None and isinstance(equal, ir.Value):
                     node.replace_input_with(i, equal)
                     self._modified = True
 
@@ -118,6 +142,12 @@ def _is_computed(node: ir.Node) -> bool:
     return any([v is not None and v.const_value is None for v in node.inputs])
 
 
+def _reads_small_constants(node: ir.Node) -> bool:
+    """Whether all that decides the only output of ``node`` is in its key."""
+    tensors = [None if v is None or v.is_graph_input() else v.const_value for v in node.inputs]
+    return len(node.outputs) == 1 and bool(tensors) and all([t is not None and _is_small(t) for t in tensors])
+
+
 def _key(node: ir.Node, contents: dict[ir.Value, Any]) -> Hashable | None:
     """All that the library's view of ``node`` depends on; None where that is not cheap to say."""
     attributes = []
@@ -130,6 +160,7 @@ def _key(node: ir.Node, contents: dict[ir.Value, Any]) -> Hashable | None:
     inputs: list[Hashable] = []
     seen: dict[ir.Value, int] = {}
     large = followed = False
+    data: Hashable
     for i, read in enumerate(node.inputs):
         if read is None:
             inputs.append(None)
@@ -140,9 +171,12 @@ def _key(node: ir.Node, contents: dict[ir.Value, Any]) -> Hashable | None:
         known, tensor, content = _value(read), read.const_value, contents.get(read)
         if known is None or not (content is None or isinstance(content, ir.Shape)):
             return None
-        large = large or (tensor is not None and tensor.size > _SMALL)
+        if tensor is not None and not _is_small(tensor):
+            large, data = True, True
+        else:
+            data = None if tensor is None else _data(tensor)
         followed = followed or content is not None
-        inputs.append((known, _content(tensor), None if content is None else _dims(content)))
+        inputs.append((known, data, None if content is None else _dims(content)))
     if large and followed:
         return None
     # What an output is known to be is merged with what is inferred, so it is read as well.
@@ -162,12 +196,13 @@ def _dims(shape: ir.Shape) -> tuple[int | str | None, ...]:
     return tuple([d if isinstance(d, int) else d.value for d in shape])
 
 
-def _content(tensor: ir.TensorProtocol | None) -> Hashable:
-    """The data of a small constant, and of a large one that there is some."""
-    if tensor is None:
-        return None
-    if tensor.size > _SMALL:
-        return True
+def _is_small(tensor: ir.TensorProtocol) -> bool:
+    """Whether the library looks at the numbers in ``tensor``."""
+    return prod(tensor.shape.dims) <= _SMALL  # type: ignore[arg-type]
+
+
+def _data(tensor: ir.TensorProtocol) -> Hashable:
+    """What is in ``tensor``."""
     if tensor.dtype == ir.DataType.STRING:
         return tuple(tensor.string_data())  # type: ignore[attr-defined]
     return tensor.tobytes()
