@@ -17,8 +17,11 @@ from lamina.passes import get_transform, transform_names
 from lamina.passes.fold import fold
 from lamina.passes.pass_ import Refusal, Site
 from lamina.passes.replace_branch import ReplaceBranch
-from lamina.planner.prepare import MOST_CALIBRATION
 from lamina.planner.space import build_space
+
+# Samples that ranges are taken from. Which forms there are hardly depends on them; the search takes 128, for
+# the scales it writes.
+_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def offers(
     folded, folds, _ = fold(program)
     statistics = Statistics(0)
     if dataset is not None:
-        rows = dataset.rows(evenly(MOST_CALIBRATION, dataset.samples))
+        rows = dataset.rows(evenly(_ROWS, dataset.samples))
         sites = [s for t in chosen if not t.removes_site for s in t.sites(folded) if isinstance(s, Site)]
         wanted = sorted({v for s in sites for v in (*s.inputs, *s.outputs)})
         statistics = collect(folded, rows, ranges=wanted, progress=progress)

@@ -24,15 +24,17 @@ class Source:
     high: bool
 
 
-# The first that was computed fills the column: what was measured, then what follows it best.
+# The first that was computed fills the column: what was measured, then what follows it on every model seen
+# (docs/analyze.md has the rank correlations) and rates every branch: direct-matching often follows it better,
+# but has no number where the width changes.
 REDUNDANCY: tuple[Source, ...] = (
     Source("output-kl", "measured damage of dropping the branch alone", high=False),
     Source("block-influence", "1 - cos of what enters and leaves the branch", high=False),
+    Source("direct-matching", "what no affine map makes of the branch", high=False),
     Source("relative-contribution", "length of what the branch adds over what it adds it to", high=False),
     Source("angular-distance", "angle between what enters and leaves the branch", high=False),
     Source("branch-similarity", "cos of what enters and leaves the branch", high=True),
     Source("skip-effect", "how far later depths move without the branch", high=False),
-    Source("direct-matching", "what no affine map makes of the branch", high=False),
 )
 SENSITIVITY: tuple[Source, ...] = (
     Source("output-kl-w4", "measured damage of 4-bit weights in the operator alone", high=True),
