@@ -262,3 +262,25 @@ def test_long_stages_say_how_far_they_are() -> None:
         assert steps[-2][0] == steps[-2][1]
         assert [done for done, _ in steps[:-1]] == sorted(done for done, _ in steps[:-1])
     assert set(heard.seconds) == set(heard.stages)
+
+
+def test_options_go_to_the_branch_with_the_same_nodes_where_branches_nest() -> None:
+    from lamina.inspection.places import place_offers
+    from lamina.planner.offers import Offer
+
+    def part(name: str, members: list[str], parameters: int = 0) -> dict[str, Any]:
+        return {"name": name, "members": members, "parameters": parameters, "options": []}
+
+    found: Any = {
+        "branches": [part("inner", ["b", "c"]), part("outer", ["a", "b", "c", "d"])],
+        "operators": [part(n, [], 1) for n in "abcd"],
+        "blocks": [],
+    }
+    given = [
+        Offer("drop", "renamed", "mlp", ("b", "c", "new"), ("drop",), True),
+        Offer("drop", "outer", "mlp", ("a", "b", "c", "d"), ("drop",), True),
+        Offer("quantize", "c", "matmul", ("c",), ("w8",), False),
+        Offer("quantize", "folded", "matmul", ("new",), ("w4",), False),
+    ]
+    assert place_offers(found, given) == ["inner", "outer", "c", None]
+    assert [b["options"] for b in found["branches"]] == [["drop", "w8"], ["drop", "w8"]]

@@ -192,7 +192,8 @@ def _legend(
     if shown:
         yield f"options, before anything is priced: {', '.join(shown)}"
     if "bound" in titles:
-        yield "bound: what limits it by the measured roofline; of roof: attainable over measured time"
+        share = "; of roof: attainable over measured time" if "of roof" in titles else ""
+        yield f"bound: what limits it by the measured roofline{share}"
     if found["skipped"]:
         name, reason = next(iter(found["skipped"].items()))
         yield f"{len(found['skipped'])} parts were not rated, first {printable(name)}: {printable(reason)}"

@@ -59,23 +59,55 @@ def rows(found: Mapping[str, Any], *, operators: bool = False) -> list[Row]:
         operators: Also the weighted operators of each branch.
     """
     branches = {b["name"]: b for b in found["branches"]}
-    nodes = {o["name"]: o for o in found["operators"]}
+    inner = _nested(found["branches"])
+    hidden = {name for names in inner.values() for name in names}
+    nodes = {o["name"]: o for o in found["operators"]} if operators else {}
     made: list[Row] = []
     for block in found["blocks"]:
-        members = [branches[name] for name in block["members"]]
-        alone = len(members) == 1
-        if not alone:
-            held = [n for b in members for n in b["members"]]
+        members = [name for name in block["members"] if name not in hidden]
+        alone = len(block["members"]) == 1
+        if not alone and members:
+            held = [n for name in block["members"] for n in branches[name]["members"]]
             made.append(_row(block, block["name"], 0, "block", held, block["name"], strong=True))
-        for branch in members:
-            label = branch["name"] if alone else _inside(branch["name"], block["name"])
-            level = 0 if alone else 1
-            made.append(_row(branch, label, level, branch["kind"], branch["members"], branch["name"]))
-            if operators:
-                inner = [nodes[n] for n in branch["members"] if nodes[n]["parameters"]]
-                made += [_operator(o, level + 1, branch["name"]) for o in inner]
+        for name in members:
+            made += _branch(branches, inner, nodes, name, "" if alone else block["name"], 0 if alone else 1)
     made += _outside(found, branches)
     return made
+
+
+def _branch(
+    branches: Mapping[str, Part],
+    inner: Mapping[str, Sequence[str]],
+    nodes: Mapping[str, Part],
+    name: str,
+    owner: str,
+    level: int,
+) -> Iterator[Row]:
+    """A branch, the branches nested in it, and its own operators where ``nodes`` has them."""
+    branch = branches[name]
+    yield _row(branch, _inside(name, owner), level, branch["kind"], branch["members"], name)
+    deeper = inner.get(name, ())
+    for other in deeper:
+        yield from _branch(branches, inner, nodes, other, name, level + 1)
+    held = {n for other in deeper for n in branches[other]["members"]}
+    for node in branch["members"]:
+        if node in nodes and node not in held and nodes[node]["parameters"]:
+            yield _operator(nodes[node], level + 1, name)
+
+
+def _nested(branches: Sequence[Part]) -> dict[str, list[str]]:
+    """Branch -> the branches right inside it, in order."""
+    inner: dict[str, list[str]] = {}
+    held = {b["name"]: frozenset(b["members"]) for b in branches}
+    readers: dict[str, list[str]] = {}
+    for name, nodes in held.items():
+        for node in nodes:
+            readers.setdefault(node, []).append(name)
+    for name, nodes in held.items():
+        around = [o for o in readers.get(next(iter(nodes), ""), ()) if held[o] > nodes]
+        if around:
+            inner.setdefault(min(around, key=lambda o: len(held[o])), []).append(name)
+    return inner
 
 
 def total(found: Mapping[str, Any]) -> Row:
@@ -181,5 +213,7 @@ def _all_options(parts: Iterable[Part]) -> tuple[str, ...]:
 
 def _inside(name: str, outer: str) -> str:
     """The name without the part it shares with what it is in."""
+    if not outer:
+        return name
     rest = name.removeprefix(outer)
     return rest.lstrip("./_") if rest != name and rest.lstrip("./_") else name

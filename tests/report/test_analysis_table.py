@@ -188,3 +188,16 @@ def test_a_model_without_branches_lists_its_operators() -> None:
     found = sample(layers=0)
     assert [row.label for row in rows(found)] == ["layers.head", "3 x LayerNormalization"]
     assert reading(found)[0].startswith("The model has no residual branch")
+
+
+def test_nested_branches_stand_under_the_one_that_holds_them() -> None:
+    found = sample(layers=1)
+    outer, inside = found["branches"]
+    outer["members"] = [*outer["members"], *inside["members"]]
+    found["blocks"] = [
+        {**found["blocks"][0], "name": b["name"], "members": [b["name"]]} for b in (inside, outer)
+    ]
+    labels = [(row.level, row.label) for row in rows(found)][:2]
+    assert labels == [(0, "layers.0.attention"), (1, "layers.0.mlp")]
+    labels = [row.label for row in rows(found, operators=True)][:6]
+    assert labels == ["layers.0.attention", "layers.0.mlp", "up", "down", "up", "down"]
