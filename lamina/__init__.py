@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lamina.analysis.analyze import analyze
     from lamina.backends.backend import Target
     from lamina.budget import Budget
     from lamina.comparison import compare
     from lamina.driver import apply, optimize
     from lamina.errors import InfeasibleBudget, LaminaError
     from lamina.folding import fold
+    from lamina.inspection import analyze
     from lamina.ir.io import load
     from lamina.planner.plan import Plan
     from lamina.result import Result
@@ -45,7 +45,7 @@ _HOMES = {
     "Plan": "lamina.planner.plan",
     "Result": "lamina.result",
     "Target": "lamina.backends.backend",
-    "analyze": "lamina.analysis.analyze",
+    "analyze": "lamina.inspection",
     "apply": "lamina.driver",
     "compare": "lamina.comparison",
     "fold": "lamina.folding",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lamina.commands import finite, made, names, print_json
 from lamina.errors import BudgetError, LaminaError
 from lamina.ir.quiet import quiet
 
@@ -63,7 +61,7 @@ def optimize(
     import lamina
     from lamina.report.terminal import LiveProgress, result_tables
 
-    with _made(output), LiveProgress(quiet=as_json) as progress:
+    with made(output), LiveProgress(quiet=as_json) as progress:
         result = lamina.optimize(
             model,
             budget,
@@ -82,7 +80,7 @@ def optimize(
         )
     written = result.save(output)
     if as_json:
-        _print_json({**result.evidence, "files": [str(p) for p in written]})
+        print_json({**result.evidence, "files": [str(p) for p in written]})
     else:
         result_tables(result.evidence, [str(p) for p in written])
 
@@ -121,13 +119,13 @@ def fold(
             data=data,
             workload=workload,
             shapes=_shapes(shape or ()),
-            only=_names(only),
-            forms=_names(forms),
+            only=names(only),
+            forms=names(forms),
             progress=progress,
         )
     files = [str(p) for p in result.save(output)]
     if as_json:
-        _print_json({**result.report(), "files": files})
+        print_json({**result.report(), "files": files})
     else:
         fold_table(result.report(), files)
 
@@ -146,7 +144,7 @@ def apply(
     program = lamina.apply(model, plan)
     written = [str(p) for p in save_model(program.model, output)]
     if as_json:
-        _print_json({"files": written})
+        print_json({"files": written})
     else:
         typer.echo("wrote " + ", ".join(written))
 
@@ -180,7 +178,7 @@ def compare(
             raise BudgetError("a metric needs samples", advice="give --data X.npz with what the metric reads")
         found["quality"] = dict(damage(a, b, data=data, metric=metric, target=target))
     if as_json:
-        _print_json(_finite(found))
+        print_json(finite(found))
     else:
         comparison_table(found)
     raise typer.Exit(0 if found["equal"] else 1)
@@ -228,7 +226,7 @@ def bench(
             for case in cases
         ]
     if as_json:
-        _print_json({"target": str(aim), "rows": rows})
+        print_json({"target": str(aim), "rows": rows})
     else:
         bench_table(str(aim), rows)
 
@@ -238,22 +236,49 @@ def analyze(
     model: Model,
     data: Data = None,
     target: Target = "ort:cpu",
+    workload: Workload = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="comma-separated, see docs/metrics.md; default: all that one run gives")
+    ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="add hawq-trace and fisher-diagonal (needs torch)")
+    ] = False,
+    damages: Annotated[
+        bool, typer.Option("--damages", help="add measured damage: drop each branch, round each operator")
+    ] = False,
+    bits: Annotated[str, typer.Option(help="widths for --damages and hawq-trace")] = "8,4",
+    samples: Annotated[int, typer.Option(help="samples for --damages and gradients, at most")] = 64,
+    no_options: Annotated[
+        bool, typer.Option("--no-options", help="leave out what the planner would consider")
+    ] = False,
+    operators: Annotated[
+        bool, typer.Option("--operators", help="also list the operators of each branch")
+    ] = False,
+    figures: Annotated[
+        Path | None, typer.Option(help="directory for figures: SVG, and PNG with the extra 'plot'")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="replace figures that are there")] = False,
     as_json: Json = False,
 ) -> None:
-    """Show blocks, branches and operators: what they cost and how redundant they look."""
-    from lamina.analysis.analyze import analyze as run
-    from lamina.backends.backend import Target as TargetSpec
-    from lamina.data import load_data
-    from lamina.ir.capture import capture
-    from lamina.report.terminal import analysis_table
+    """Show what each part of a model costs, how redundant and how sensitive it is, and what to do next."""
+    from lamina.analyze_command import run_analyze
 
-    program = capture(model)
-    dataset = None if data is None else load_data(data, program)
-    found: dict[str, Any] = dict(run(program, dataset, target=TargetSpec.parse(target)))
-    if as_json:
-        _print_json(found)
-    else:
-        analysis_table(found)
+    run_analyze(
+        model,
+        data,
+        target=target,
+        workload=workload,
+        metrics=names(metrics),
+        gradients=gradients,
+        damages=damages,
+        bits=bits,
+        samples=samples,
+        options=not no_options,
+        operators=operators,
+        figures=figures,
+        force=force,
+        as_json=as_json,
+    )
 
 
 @app.command()
@@ -280,22 +305,6 @@ def demo(
     )
 
 
-@contextmanager
-def _made(output: Path) -> Iterator[None]:
-    """Make the output directory before minutes of work; a run that fails leaves no new, empty one behind."""
-    from lamina.ir.io import make_directory
-
-    new = [folder for folder in (output, *output.parents) if not folder.exists()]
-    make_directory(output)
-    try:
-        yield
-    except BaseException:
-        for folder in new:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
-
-
 def _splits(data: Path | None, selection: Path | None, report: Path | None) -> Any:
     if selection is None and report is None:
         return data
@@ -305,10 +314,6 @@ def _splits(data: Path | None, selection: Path | None, report: Path | None) -> A
             advice="give all three, or --data alone to have it split",
         )
     return {"calibration": data, "selection": selection, "report": report}
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _shapes(given: Sequence[str]) -> dict[str, int | list[int | None]]:
@@ -326,10 +331,6 @@ def _shapes(given: Sequence[str]) -> dict[str, int | list[int | None]]:
     return shapes
 
 
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=1, sort_keys=True, default=str))
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; an error is one message and an exit code, never a traceback."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -338,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             app(args=given)
     except LaminaError as error:
         if "--json" in given:
-            _print_json(_plain(error))
+            print_json(_plain(error))
         else:
             from lamina.report.terminal import error_text
 
@@ -346,15 +347,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("LAMINA_TRACEBACK"):
             raise
         sys.exit(error.exit_code)
-
-
-def _finite(value: Any) -> Any:
-    """The value with None for numbers JSON has no word for: an infinite difference has a reason beside it."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(error: LaminaError) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 
 from lamina.analysis.cost import CostResult, cost
 from lamina.analysis.instrument import feeds_of
-from lamina.analysis.metrics import FORWARD_METRICS
-from lamina.analysis.needs import union
+from lamina.analysis.metrics import FORWARD_METRICS, Metric
+from lamina.analysis.needs import FORWARD, union
 from lamina.analysis.profile import ProfileResult, profile
 from lamina.analysis.repeats import Repeat, repeated_operators
 from lamina.analysis.roofline import crossing_bytes, intensity, position, roof_share
@@ -46,6 +46,8 @@ class PartResult(TypedDict):
         metrics: Metric name -> value; empty without data.
         members: Branches of a block (its nodes where it holds no branches), nodes of a branch.
         run: Blocks with the same number repeat one structure; None for other parts.
+        options: What the planner would consider here (:mod:`lamina.inspection` fills it in); for a block and
+            a branch also what it would consider at their operators.
     """
 
     name: str
@@ -63,6 +65,7 @@ class PartResult(TypedDict):
     metrics: dict[str, float]
     members: list[str]
     run: int | None
+    options: list[str]
 
 
 class AnalysisResult(TypedDict):
@@ -96,15 +99,19 @@ def analyze(
     *,
     target: Target | None = None,
     workload: Workload | None = None,
+    statistics: Statistics | None = None,
+    metrics: Sequence[Metric] = FORWARD_METRICS,
 ) -> AnalysisResult:
     """Say what each block, branch and operator costs and how redundant it looks.
 
     Args:
         program: Left unchanged.
-        dataset: Samples for :data:`lamina.analysis.metrics.FORWARD_METRICS`; without them there are none.
+        dataset: Samples for ``metrics``; without them there are none.
         target: An ONNX Runtime target times operators with its threads; any other leaves ``latency_s`` None.
         workload: Its weightiest case gives the shapes for flops and latencies; else one sample of the data,
             else the program's example inputs.
+        statistics: What was collected with :func:`probes_of` instead of a run over ``dataset`` now.
+        metrics: What to rate the parts by.
 
     Raises:
         DataError: The data does not fit the program.
@@ -117,10 +124,11 @@ def analyze(
     costs = cost(program, feeds)
     timed = target is not None and target.backend == "ort"
     times = profile(program, feeds, threads=target.threads) if target is not None and timed else None
-    statistics = Statistics(0)
-    if dataset is not None:
-        statistics = collect(program, dataset, branches=_probes(found), needs=union(FORWARD_METRICS))
-    rated = _rated(program, statistics)
+    if statistics is None:
+        statistics = Statistics(0)
+        if dataset is not None:
+            statistics = collect(program, dataset, branches=probes_of(found), needs=union(metrics) & FORWARD)
+    rated = _rated(program, statistics, metrics)
     limits = roof(target) if target is not None and timed else None
     parts = _Parts(program, costs, times, limits)
     operators = [
@@ -152,7 +160,7 @@ def _feeds(program: Program, dataset: Dataset | None, workload: Workload | None)
     return feeds_of(program, dataset.rows(slice(0, 1)), "the first sample")
 
 
-def _probes(found: BranchesResult) -> list[BranchProbe]:
+def probes_of(found: BranchesResult) -> list[BranchProbe]:
     """One probe a branch, and one over each block: from its first branch's skip to its last one's sum."""
     probes = [BranchProbe.of(branch) for branch in found.branches]
     by_name = {branch.name: probe for branch, probe in zip(found.branches, probes, strict=True)}
@@ -214,6 +222,7 @@ class _Parts:
             metrics=metrics,
             members=members,
             run=run,
+            options=[],
         )
 
 
@@ -244,10 +253,10 @@ def _repeat(repeat: Repeat, parts: _Parts, found: BranchesResult) -> PartResult:
     return parts.part(repeat.name, "block", parameters, repeat.nodes, {}, list(repeat.nodes), run=run)
 
 
-def _rated(program: Program, statistics: Statistics) -> _Rated:
+def _rated(program: Program, statistics: Statistics, metrics: Iterable[Metric]) -> _Rated:
     """The metrics by what they are about and site."""
     found: _Rated = {}
-    for metric in FORWARD_METRICS:
+    for metric in metrics:
         for site, value in metric.rate(program, statistics).items():
             found.setdefault((metric.about, site), {})[metric.name] = value
     return found

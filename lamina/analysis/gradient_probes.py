@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,7 +61,13 @@ class Differentiable:
 
 
 def traces(
-    model: Differentiable, dataset: Dataset, loss: Loss, draws: int, seed: int, curvature: str
+    model: Differentiable,
+    dataset: Dataset,
+    loss: Loss,
+    draws: int,
+    seed: int,
+    curvature: str,
+    tell: Callable[[int], None] = lambda samples: None,
 ) -> Mapping[str, Estimate]:
     """Trace of each weight's diagonal block of the loss Hessian or of its Gauss-Newton part, by Hutchinson.
 
@@ -74,6 +80,7 @@ def traces(
 
     An observation is the mean over the draws of one batch, so the standard error holds the spread over the
     data and over the draws; with a single batch it is one draw, and the error that of the draws alone.
+    ``tell`` is called with the samples of each batch done.
 
     Source: Hutchinson 1990, Comm. Stat. 19(2); Dong et al. 2020 (HAWQ-V2), arXiv:1911.03852, sec. 3.
     """
@@ -90,6 +97,7 @@ def traces(
                 single[name].add(value)
         for name, r in single.items():
             batches[name].add(r.estimate().mean, batch.samples)
+        tell(batch.samples)
     return {name: r.estimate() for name, r in (batches if count > 1 else single).items()}
 
 
@@ -129,7 +137,11 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fisher_diagonals(
-    model: Differentiable, dataset: Dataset, loss: Loss, seed: int
+    model: Differentiable,
+    dataset: Dataset,
+    loss: Loss,
+    seed: int,
+    tell: Callable[[int], None] = lambda samples: None,
 ) -> Mapping[str, Estimate]:
     """Mean over samples, and over a weight's elements, of the squared gradient of a sample's log-likelihood.
 
@@ -148,6 +160,7 @@ def fisher_diagonals(
             found = model.gradients(losses[index], retain_graph=index + 1 < batch.samples)
             for name, gradient in found.items():
                 running[name].add(float(gradient.double().square().mean()))
+        tell(batch.samples)
     return {name: r.estimate() for name, r in running.items()}
 
 

@@ -6,7 +6,7 @@ They need the ``torch`` extra; this module itself imports no torch.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,7 @@ def gradient_metrics(
     curvature: str | None = None,
     device: str = "cpu",
     precision: Any = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> GradientResult:
     """Compute gradient metrics of every weighted operator.
 
@@ -104,6 +105,7 @@ def gradient_metrics(
             is ``gauss-newton``, but ``hessian`` for a loss of one's own.
         device: torch device to run on.
         precision: Floating torch dtype in place of the program's own, or None.
+        progress: Called after each batch with the samples done and in all, of both metrics together.
 
     Raises:
         DataError: Unknown metric, bits, curvature, loss or labels; or no data.
@@ -125,14 +127,28 @@ def gradient_metrics(
     model = probes.Differentiable(program, [o.weight for o in operators], device, precision)
     traces: Mapping[str, Estimate] = {}
     fishers: Mapping[str, Estimate] = {}
+    tell = _counted(progress, data.samples * len(set(metrics)))
     if "hawq-trace" in metrics:
-        traces = probes.traces(model, data, chosen, draws, seed, curvature)
+        traces = probes.traces(model, data, chosen, draws, seed, curvature, tell)
     if "fisher-diagonal" in metrics:
-        fishers = probes.fisher_diagonals(model, data, chosen, seed)
+        fishers = probes.fisher_diagonals(model, data, chosen, seed, tell)
     found = tuple(
         _of_operator(program, o, traces, fishers, bits) for o in operators if o.weight in model.weights
     )
     return GradientResult(found, chosen.name, curvature, data.samples, draws, time.perf_counter() - start)
+
+
+def _counted(progress: Callable[[int, int], None] | None, total: int) -> Callable[[int], None]:
+    """Adds up the samples of batches for ``progress``."""
+    done = 0
+
+    def tell(samples: int) -> None:
+        nonlocal done
+        done += samples
+        if progress is not None:
+            progress(done, total)
+
+    return tell
 
 
 def _check(metrics: Sequence[str], bits: Sequence[int], samples: int, draws: int, dataset: Dataset) -> None:

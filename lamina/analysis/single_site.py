@@ -125,6 +125,7 @@ def damages(
     *,
     threads: int | None = None,
     most_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Damage]:
     """Output divergence of each changed program (``output-kl`` with the metric ``kl``).
 
@@ -137,6 +138,7 @@ def damages(
         metric: A divergence (:func:`lamina.quality.choose.get_metric` with None chooses one).
         threads: Threads of a run.
         most_bytes: As for :class:`SingleSite`.
+        progress: Called with runs of changed programs done and in all, each once a batch.
 
     Returns:
         Variant -> damage; higher = more harm.
@@ -152,9 +154,13 @@ def damages(
         )
     features: dict[str, list[np.ndarray]] = {name: [] for name in variants}
     runs = SingleSite(program, variants, threads=threads, most_bytes=most_bytes)
+    done, total = 0, len(variants) * sum(1 for _ in _full_batches(program, dataset))
     for _, batch, original, changed in runs.run(dataset):
         for name, outputs in changed:
             features[name].append(metric.features(outputs, batch, original))
+            done += 1
+            if progress is not None:
+                progress(done, total)
     return {name: _damage(metric, np.concatenate(parts)) for name, parts in features.items()}
 
 

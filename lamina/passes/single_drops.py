@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lamina.analysis.single_site import Damage, damages
 from lamina.data import Dataset
 from lamina.ir.program import Program
@@ -23,6 +25,7 @@ def drop_damages(
     *,
     threads: int | None = None,
     most_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Damage]:
     """Divergence of the outputs when one branch goes, for each that can; only what follows it is run.
 
@@ -32,10 +35,13 @@ def drop_damages(
         metric: A divergence.
         threads: Threads of a run.
         most_bytes: As for :class:`lamina.analysis.single_site.SingleSite`.
+        progress: As for :func:`lamina.analysis.single_site.damages`.
 
     Raises:
         DataError: The data does not fit.
         BackendError: ONNX Runtime refuses a program.
     """
     variants = drop_variants(program)
-    return damages(program, variants, dataset, metric, threads=threads, most_bytes=most_bytes)
+    return damages(
+        program, variants, dataset, metric, threads=threads, most_bytes=most_bytes, progress=progress
+    )

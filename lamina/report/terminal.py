@@ -17,11 +17,6 @@ from rich.table import Table
 from lamina.errors import LaminaError
 from lamina.progress import Progress
 
-# Operators the analysis prints: the rest costs next to nothing and is in --json.
-SHOWN_OPERATORS = 20
-# Metric columns beside a name in 80 columns.
-METRICS_A_TABLE = 3
-
 
 class LiveProgress(Progress):
     """Draws each stage as a bar with an estimate, on standard error."""
@@ -232,45 +227,6 @@ def bench_table(target: str, rows: Sequence[Mapping[str, Any]]) -> None:
             f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
         )
     Console().print(table)
-
-
-def analysis_table(found: Mapping[str, Any]) -> None:
-    """Branches and operators with what they cost, then the metrics of branches."""
-    console = Console()
-    for part in ("branches", "operators"):
-        rows = found[part]
-        shown = rows if part == "branches" else sorted(rows, key=lambda r: -r["flops"])[:SHOWN_OPERATORS]
-        more = "" if len(shown) == len(rows) else f", the {len(shown)} with the most FLOPs"
-        table = _table(f"{len(rows)} {part}{more}")
-        for name in ("name", "kind", "parameters", "flops", "latency"):
-            _column(table, name)
-        for row in shown:
-            latency = "" if row["latency_s"] is None else _seconds(row["latency_s"])
-            costs = _count(row["parameters"]), _count(row["flops"]), latency
-            table.add_row(escape(row["name"]), escape(row["kind"]), *costs)
-        console.print(table)
-        _metrics(console, part, shown)
-
-
-def _metrics(console: Console, part: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Metrics in tables of their own: beside the costs they would not fit a terminal."""
-    names = sorted({m for row in rows for m in row["metrics"]})
-    for start in range(0, len(names), METRICS_A_TABLE):
-        chosen = names[start : start + METRICS_A_TABLE]
-        table = _table(f"metrics of {part}")
-        for name in ("name", *chosen):
-            _column(table, name)
-        for row in rows:
-            values = (f"{row['metrics'][n]:.4g}" if n in row["metrics"] else "" for n in chosen)
-            table.add_row(escape(row["name"]), *values)
-        console.print(table)
-
-
-def _column(table: Table, name: str) -> None:
-    words = name in ("name", "kind")
-    table.add_column(
-        name, justify="left" if words else "right", overflow="fold", min_width=None if words else 8
-    )
 
 
 def error_text(error: LaminaError) -> None:
