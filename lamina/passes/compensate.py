@@ -25,7 +25,7 @@ from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes.pass_ import Refusal
-from lamina.passes.repair import BEHIND, Repair, apply_repairs, packed
+from lamina.passes.repair import BEHIND, Repair, apply_repairs, packed, unpacked
 from lamina.passes.repair_sites import NAME, RepairSite, repair_sites
 from lamina.quality import Metric, get_metric
 
@@ -144,7 +144,8 @@ def compensate(
     streams = Stream(feeds, threads=threads), Stream(feeds, threads=threads)
     entries = {n.name: [v.name or "" for v in n.inputs if v is not None] for n in changed.graph}
     trial = _Trial(original, batches, streams, divergence or get_metric(None, original))
-    trial.better(changed)
+    trial.begin(changed, {})
+    trial.better()
     start = time.perf_counter()
     for wave in _waves(changed, sites):
         if time.perf_counter() - start > seconds:
@@ -155,15 +156,16 @@ def compensate(
         settled = [name for s in wave for name in entries[s.node]]
         pairs = zip(batches, targets, streams[1].run(current, values, settled), strict=True)
         sums = _moments(wave, pairs, how)
+        places = _places(wave, current, how)
+        trial.begin(current, places)
         best: list[tuple[RepairSite, Correction]] = []
         for lead, share in product(how.leads, how.shares):
             made = [(s, c.times(share)) for s, c in _corrections(wave, sums, lead, how)]
-            fresh = [r for s, c in made for r in _repairs(s, c, current)]
-            repaired = apply_repairs(current, fresh)
-            if fresh and trial.better(repaired):
-                best, chosen, accepted = made, repaired, fresh
+            fresh = [r for s, c in made for r in _repairs(s, c, places)]
+            if fresh and trial.better(fresh):
+                best, accepted = made, fresh
         if best:
-            current = chosen
+            current = apply_repairs(current, accepted)
             repairs += accepted
             fitted += [Fitted(s, c.before, c.after, c.ridge) for s, c in best]
         done += len(wave)
@@ -209,8 +211,11 @@ def _waves(program: Program, sites: Sequence[RepairSite]) -> Iterator[list[Repai
 Values = Mapping[str, np.ndarray]
 
 
+Place = tuple[str, int]  # a node and which of its operands
+
+
 class _Trial:
-    """Says whether a repair brings the outputs nearer to the original's, on held-out batches."""
+    """Says whether repairs bring the outputs nearer to the original's, on held-out batches."""
 
     def __init__(
         self, original: Program, batches: Sequence[Dataset], streams: tuple[Stream, Stream], metric: Metric
@@ -218,25 +223,67 @@ class _Trial:
         self._metric, self._stream, self._batches = metric, streams[1], batches
         self._numbers = [i for i in range(len(batches)) if is_held(i)]
         self._outputs = [port.name for port in original.outputs]
-        self._reference = list(streams[0].finish(original, self._outputs, self._numbers))
+        rest = streams[0].rest(original, self._outputs)
+        self._reference = [rest.run(i, {}) for i in self._numbers]
         self._best = float("inf")
 
-    def score(self, program: Program) -> float:
-        """Divergence of the program's outputs, run from where the stream is."""
-        runs = self._stream.finish(program, self._outputs, self._numbers)
-        features = [
-            self._metric.features(outputs, self._batches[number], reference)
-            for number, outputs, reference in zip(self._numbers, runs, self._reference, strict=True)
-        ]
-        return self._metric.score(np.concatenate(features))
+    def begin(self, program: Program, places: Mapping[Place, np.ndarray]) -> None:
+        """Compile what follows the stream once, with the operands at ``places`` left open."""
+        # each gets an initializer of its own first, so that nobody else sees what is tried
+        same = [Repair(*place, packed(array)) for place, array in places.items()]
+        prepared = apply_repairs(program, same)
+        nodes = {n.name: n for n in prepared.graph}
+        self._names = {place: _operand(nodes[place[0]], place[1]) for place in places}
+        self._weights = {self._names[place]: array for place, array in places.items()}
+        self._rest = self._stream.rest(prepared, self._outputs, list(self._weights))
 
-    def better(self, program: Program) -> bool:
-        """Whether it diverges less than everything before."""
-        found = self.score(program)
+    def better(self, repairs: Sequence[Repair] = ()) -> bool:
+        """Whether the outputs diverge less with the repairs than with everything tried before."""
+        fresh = {self._names[r.node, r.operand]: unpacked(r.array) for r in repairs}
+        weights = {**self._weights, **fresh}
+        features = [
+            self._metric.features(self._rest.run(number, weights), self._batches[number], reference)
+            for number, reference in zip(self._numbers, self._reference, strict=True)
+        ]
+        found = self._metric.score(np.concatenate(features))
         if not found < self._best:
             return False
         self._best = found
         return True
+
+
+def _operand(node: ir.Node, operand: int) -> str:
+    """Name of the weight at a place; behind a node, of what is added there."""
+    if operand == BEHIND:
+        node, operand = next(iter(node.outputs[0].uses())).node, 1
+    value = node.inputs[operand]
+    return "" if value is None else value.name or ""
+
+
+def _places(wave: Sequence[RepairSite], program: Program, how: Compensation) -> dict[Place, np.ndarray]:
+    """Every operand that repairs of these sites may replace, as it is; zeros where there is none yet."""
+    nodes = {n.name: n for n in program.graph}
+    found: dict[Place, np.ndarray] = {}
+    for site in wave:
+        node = nodes[site.node]
+        weight = constant(node.inputs[site.weight])
+        if weight is None:
+            raise PassError(f"the weight of '{site.node}' is gone", advice="this is a bug in compensate")
+        found[site.node, site.weight] = weight
+        if site.bias is not None:
+            bias = constant(nodes[site.bias[0]].inputs[site.bias[1]])
+            if bias is None:
+                raise PassError(f"the bias of '{site.node}' is gone", advice="this is a bug in compensate")
+            found[site.bias] = bias
+        elif how.add_biases and site.addable and site.operator is not None:
+            width = weight.shape[-1 if site.operator.flipped else 0]
+            found[_added(node)] = np.zeros(width, weight.dtype)
+    return found
+
+
+def _added(node: ir.Node) -> Place:
+    """Where a bias goes that an operator does not have yet."""
+    return (node.name or "", BEHIND if node.op_type == "MatMul" else 2)
 
 
 # Site -> moments of (fitted, held-out) tokens, of (first, other) tokens of a sequence each.
@@ -321,34 +368,23 @@ def _tokens(
     return x[places], y[places], leads
 
 
-def _repairs(site: RepairSite, found: Correction, program: Program) -> Iterator[Repair]:
+def _repairs(site: RepairSite, found: Correction, places: Mapping[Place, np.ndarray]) -> Iterator[Repair]:
     """The site's weight and bias with the correction added, in the dtypes they are stored in."""
-    nodes = {n.name: n for n in program.graph}
-    node = nodes[site.node]
-    weight = constant(node.inputs[site.weight])
-    if weight is None:
-        raise PassError(f"the weight of '{site.node}' is gone", advice="this is a bug in compensate")
-    matrix = found.matrix
-    if np.any(matrix):
-        if site.operator is None:
-            old = weight.astype(np.float64)
-            # the gain scales what the norm made; the correction, what gain and shift made of it
-            yield Repair(site.node, site.weight, packed(((1 + matrix) * old).astype(weight.dtype)))
-        else:
-            change = matrix.T if site.operator.flipped else matrix
-            fresh = weight.astype(np.float64) + change.reshape(weight.shape)
-            yield Repair(site.node, site.weight, packed(fresh.astype(weight.dtype)))
-    if not np.any(found.offset) and (site.operator is not None or not np.any(matrix)):
+    weight = places[site.node, site.weight]
+    fits = bool(np.any(found.matrix))
+    if fits and site.operator is None:
+        # the gain scales what the norm made; the correction, what gain and shift made of it
+        fresh = (1 + found.matrix) * weight.astype(np.float64)
+        yield Repair(site.node, site.weight, packed(fresh.astype(weight.dtype)))
+    elif fits and site.operator is not None:
+        change = found.matrix.T if site.operator.flipped else found.matrix
+        fresh = weight.astype(np.float64) + change.reshape(weight.shape)
+        yield Repair(site.node, site.weight, packed(fresh.astype(weight.dtype)))
+    scaled = fits and site.operator is None
+    place = site.bias or next((p for p in places if p[0] == site.node and p[1] != site.weight), None)
+    if place is None or not (scaled or np.any(found.offset)):
         return
-    if site.bias is None:
-        operand = BEHIND if node.op_type == "MatMul" else 2
-        yield Repair(site.node, operand, packed(found.offset.astype(weight.dtype)))
-        return
-    bias = constant(nodes[site.bias[0]].inputs[site.bias[1]])
-    if bias is None:
-        raise PassError(f"the bias of '{site.node}' is gone", advice="this is a bug in compensate")
-    scaled = bias.astype(np.float64)
-    if site.operator is None:
-        scaled = scaled * (1 + matrix)
-    fresh = scaled + found.offset.reshape(bias.shape)
-    yield Repair(*site.bias, packed(fresh.astype(bias.dtype)))
+    bias = places[place].astype(np.float64)
+    fresh = bias * (1 + found.matrix) if scaled else bias
+    fresh = fresh + found.offset.reshape(bias.shape)
+    yield Repair(*place, packed(fresh.astype(places[place].dtype)))
