@@ -22,7 +22,7 @@ def _repaired(program: Program, dataset: Dataset, how: Compensation) -> tuple[Pr
 
 
 def _class_token_net() -> Program:
-    """The output is made of token 0; the branch does the opposite to it of what it does to the other tokens."""
+    """The output is made of token 0, to which the branch does the opposite of what it does to the others."""
     net = Net()
     x = net.op("Tanh", tokens(net))
     place = net.input("place", ["seq", 1])
