@@ -83,11 +83,12 @@ class Order:
         gone = {m.site.name for m in self.moves}
         left = [m for m in drops(self.study.program) if m.site.name not in gone]
         left.sort(key=lambda m: self.known.get(m.site.name, 0.0))
-        best, looks = None, 0
+        best: Move | None = None
+        looks = 0
         for move in left:
             name = move.site.name
-            enough = looks >= LOOKS and best is not None and name in self.known
-            if enough and self.known[name] >= self.known[best.site.name]:  # type: ignore[union-attr]
+            enough = looks >= LOOKS and name in self.known
+            if enough and best is not None and self.known[name] >= self.known[best.site.name]:
                 break
             self.known[name] = self.study.order.diverges(self._program([*self.moves, move]))
             looks += 1
@@ -201,6 +202,8 @@ def study(case: Case, options: argparse.Namespace, tell: Tell) -> Iterator[dict[
             mended.known = dict(plain.known)
         mended.step()
         facts = mended.repair()
+        if options.at and count not in options.at:
+            continue
         row: dict[str, Any] = {"removed": count, "drop": rows.cut(plain.moves)}
         row["unrepaired"] = rows.cut(mended.moves)
         row["repaired"] = rows.scored("repaired", mended.moves, mended.program, row["unrepaired"]) | facts
@@ -220,6 +223,7 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="*", help="reference models; all with branches if none")
     parser.add_argument("--most", type=int, default=5, help="branches to remove")
+    parser.add_argument("--at", type=int, nargs="*", default=[], help="score only these numbers of branches")
     parser.add_argument("--maps", nargs="*", default=[], choices=MAPS, help="maps to replace branches by")
     parser.add_argument("--order-samples", type=int, default=128, help="selection samples orders are made on")
     parser.add_argument("--report-samples", type=int, help="report samples, evenly; all if not given")
