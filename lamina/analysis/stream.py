@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -10,6 +11,28 @@ import onnx_ir as ir
 from lamina.analysis.instrument import InstrumentedSession
 from lamina.analysis.suffix import activation_reads, open_after
 from lamina.ir.program import Program
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The rest of a stream, compiled once; weights that were left free are given to each run."""
+
+    session: InstrumentedSession | None
+    reads: Mapping[str, str]
+    makes: Sequence[str]
+    wanted: Sequence[str]
+    free: Sequence[str]
+    held: Sequence[Mapping[str, np.ndarray]]
+
+    def run(self, number: int, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The wanted values of one batch."""
+        have = dict(self.held[number])
+        if self.session is not None:
+            given = {label: have[name] for label, name in self.reads.items()}
+            given.update({name: weights[name] for name in self.free})
+            made = self.session.run(list(self.makes), given, where=f"batch {number}")
+            have.update(zip(self.makes, made, strict=True))
+        return {name: have[name] for name in self.wanted}
 
 
 class Stream:
@@ -29,29 +52,30 @@ class Stream:
         self._kept: list[dict[str, np.ndarray]] = [{} for _ in feeds]
         self._threads = threads
 
-    def finish(
-        self, program: Program, wanted: Collection[str], numbers: Sequence[int]
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """``wanted`` values of some batches, run from where the stream is to the end; the stream stays.
+    def rest(self, program: Program, wanted: Sequence[str], free: Collection[str] = ()) -> Rest:
+        """What runs from where the stream is to ``wanted``; the stream stays.
 
         Args:
             program: The program, changed at will behind what was settled in the last :meth:`run`.
             wanted: Names of values.
-            numbers: Which batches.
+            free: Names of initializers that each run is given.
 
         Raises:
             BackendError: ONNX Runtime refuses the rest.
         """
         known = set(self._feeds[0]) | set(self._kept[0])
         make = [name for name in dict.fromkeys(wanted) if name not in known]
-        rest, reads = open_after(program, known, make)
-        session = InstrumentedSession(rest, threads=self._threads) if make else None
-        for number in numbers:
-            have = {**self._feeds[number], **self._kept[number]}
-            if session is not None:
-                given = {label: have[name] for label, name in reads.items()}
-                have.update(zip(make, session.run(make, given, where=f"batch {number}"), strict=True))
-            yield {name: have[name] for name in wanted}
+        piece, reads = open_after(program, known, make)
+        loose = []
+        for name in free:
+            if name in piece.graph.initializers:
+                value = piece.graph.initializers.pop(name)
+                value.const_value = None
+                piece.graph.inputs.append(value)
+                loose.append(name)
+        session = InstrumentedSession(piece, threads=self._threads) if make else None
+        held = [{**feeds, **kept} for feeds, kept in zip(self._feeds, self._kept, strict=True)]
+        return Rest(session, reads, make, list(wanted), loose, held)
 
     def run(
         self, program: Program, wanted: Collection[str], settled: Collection[str]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import onnx_ir as ir
@@ -18,20 +17,28 @@ from lamina.analysis.instrument import feeds_of, fixed_batch
 from lamina.analysis.matching import in_batches, is_held, places_of
 from lamina.analysis.moments import RIDGES, Correction, Moments, ridge_correction
 from lamina.analysis.needs import DEFAULT_MASK
-from lamina.analysis.operators import constant, evenly, patches
+from lamina.analysis.operators import evenly, patches
 from lamina.analysis.stream import Stream
 from lamina.data import Dataset
 from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes.pass_ import Refusal
-from lamina.passes.repair import BEHIND, Repair, apply_repairs, packed
+from lamina.passes.repair import Repair, apply_repairs
 from lamina.passes.repair_sites import NAME, RepairSite, repair_sites
+from lamina.passes.repair_trial import Place, Trial, open_places, repairs_of
 from lamina.quality import Metric, get_metric
 
 ROLES = ("norm", "writer", "reader")
 # Squared error that is rounding: nothing to repair.
 _ROUNDING = 1e-12
+# A correction must leave at most this share of an operator's own error: a trial costs a run of the rest.
+_WORTH = 0.99
+
+Values = Mapping[str, np.ndarray]
+Made = list[tuple[RepairSite, Correction]]
+# Site -> moments of (fitted, held-out) tokens, of (first, other) tokens of a sequence each.
+Sums = dict[str, tuple[tuple[Moments, Moments], tuple[Moments, Moments]]]
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class Compensation:
         rows: Calibration rows looked at.
         tokens: Input vectors or windows of each operator, over all rows.
         ridges: Penalties to choose from, relative to the mean variance of what an operator reads.
-        shares: How much of a correction is made, to choose from (qep's alpha).
+        shares: How much of a correction is made, to choose from (qep's alpha); the first with every lead, the
+            others with the best one.
         leads: Shares of the weight that a sequence's first token gets, to choose from; None: as every other.
             Of a class token alone the output may be made.
     """
@@ -143,8 +151,9 @@ def compensate(
     feeds = [feeds_of(changed, b, f"batch {i}") for i, b in enumerate(batches)]
     streams = Stream(feeds, threads=threads), Stream(feeds, threads=threads)
     entries = {n.name: [v.name or "" for v in n.inputs if v is not None] for n in changed.graph}
-    trial = _Trial(original, batches, streams, divergence or get_metric(None, original))
-    trial.better(changed)
+    trial = Trial(original, batches, streams, divergence or get_metric(None, original))
+    trial.begin(changed, {})
+    trial.better()
     start = time.perf_counter()
     for wave in _waves(changed, sites):
         if time.perf_counter() - start > seconds:
@@ -155,15 +164,11 @@ def compensate(
         settled = [name for s in wave for name in entries[s.node]]
         pairs = zip(batches, targets, streams[1].run(current, values, settled), strict=True)
         sums = _moments(wave, pairs, how)
-        best: list[tuple[RepairSite, Correction]] = []
-        for lead, share in product(how.leads, how.shares):
-            made = [(s, c.times(share)) for s, c in _corrections(wave, sums, lead, how)]
-            fresh = [r for s, c in made for r in _repairs(s, c, current)]
-            repaired = apply_repairs(current, fresh)
-            if fresh and trial.better(repaired):
-                best, chosen, accepted = made, repaired, fresh
+        places = open_places(wave, current, add_biases=how.add_biases)
+        trial.begin(current, places)
+        best, accepted = _best(wave, sums, how, places, trial)
         if best:
-            current = chosen
+            current = apply_repairs(current, accepted)
             repairs += accepted
             fitted += [Fitted(s, c.before, c.after, c.ridge) for s, c in best]
         done += len(wave)
@@ -171,6 +176,33 @@ def compensate(
             progress(done, len(sites))
     refusals = tuple(r for r in found if isinstance(r, Refusal))
     return Compensated(current, tuple(repairs), tuple(fitted), refusals)
+
+
+def _best(
+    wave: Sequence[RepairSite],
+    sums: Sums,
+    how: Compensation,
+    places: Mapping[Place, np.ndarray],
+    trial: Trial,
+) -> tuple[Made, list[Repair]]:
+    """What brings the outputs nearest: one lead's corrections, or a share of them; nothing if none does."""
+    choices = [_corrections(wave, sums, lead, how) for lead in how.leads]
+    whole, best, accepted = choices[0], list[tuple[RepairSite, Correction]](), list[Repair]()
+
+    def attempt(made: Made, share: float) -> bool:
+        nonlocal best, accepted
+        part = [(s, c.times(share)) for s, c in made]
+        fresh = [r for s, c in part for r in repairs_of(s, c, places)]
+        if not fresh or not trial.better(fresh):
+            return False
+        best, accepted = part, fresh
+        return True
+
+    for made in choices:
+        whole = made if attempt(made, how.shares[0]) else whole
+    for share in how.shares[1:]:
+        attempt(whole, share)
+    return best, accepted
 
 
 def _usable(site: RepairSite, how: Compensation) -> bool:
@@ -204,43 +236,6 @@ def _waves(program: Program, sites: Sequence[RepairSite]) -> Iterator[list[Repai
         held |= own
     if wave:
         yield wave
-
-
-Values = Mapping[str, np.ndarray]
-
-
-class _Trial:
-    """Says whether a repair brings the outputs nearer to the original's, on held-out batches."""
-
-    def __init__(
-        self, original: Program, batches: Sequence[Dataset], streams: tuple[Stream, Stream], metric: Metric
-    ) -> None:
-        self._metric, self._stream, self._batches = metric, streams[1], batches
-        self._numbers = [i for i in range(len(batches)) if is_held(i)]
-        self._outputs = [port.name for port in original.outputs]
-        self._reference = list(streams[0].finish(original, self._outputs, self._numbers))
-        self._best = float("inf")
-
-    def score(self, program: Program) -> float:
-        """Divergence of the program's outputs, run from where the stream is."""
-        runs = self._stream.finish(program, self._outputs, self._numbers)
-        features = [
-            self._metric.features(outputs, self._batches[number], reference)
-            for number, outputs, reference in zip(self._numbers, runs, self._reference, strict=True)
-        ]
-        return self._metric.score(np.concatenate(features))
-
-    def better(self, program: Program) -> bool:
-        """Whether it diverges less than everything before."""
-        found = self.score(program)
-        if not found < self._best:
-            return False
-        self._best = found
-        return True
-
-
-# Site -> moments of (fitted, held-out) tokens, of (first, other) tokens of a sequence each.
-Sums = dict[str, tuple[tuple[Moments, Moments], tuple[Moments, Moments]]]
 
 
 def _moments(
@@ -285,7 +280,7 @@ def _corrections(
         offset = site.bias is not None or (how.add_biases and site.addable)
         fits = parts[0].x.size > 0 and how.weights
         found = ridge_correction(parts[0], parts[1], offset=offset, matrix=fits, ridges=how.ridges)
-        if found is not None:
+        if found is not None and found.after <= _WORTH * found.before:
             made.append((site, found))
     return made
 
@@ -319,36 +314,3 @@ def _tokens(
     if not weights:
         return np.zeros((len(places), len(y[0]) if site.role == "norm" else 0)), y[places], leads
     return x[places], y[places], leads
-
-
-def _repairs(site: RepairSite, found: Correction, program: Program) -> Iterator[Repair]:
-    """The site's weight and bias with the correction added, in the dtypes they are stored in."""
-    nodes = {n.name: n for n in program.graph}
-    node = nodes[site.node]
-    weight = constant(node.inputs[site.weight])
-    if weight is None:
-        raise PassError(f"the weight of '{site.node}' is gone", advice="this is a bug in compensate")
-    matrix = found.matrix
-    if np.any(matrix):
-        if site.operator is None:
-            old = weight.astype(np.float64)
-            # the gain scales what the norm made; the correction, what gain and shift made of it
-            yield Repair(site.node, site.weight, packed(((1 + matrix) * old).astype(weight.dtype)))
-        else:
-            change = matrix.T if site.operator.flipped else matrix
-            fresh = weight.astype(np.float64) + change.reshape(weight.shape)
-            yield Repair(site.node, site.weight, packed(fresh.astype(weight.dtype)))
-    if not np.any(found.offset) and (site.operator is not None or not np.any(matrix)):
-        return
-    if site.bias is None:
-        operand = BEHIND if node.op_type == "MatMul" else 2
-        yield Repair(site.node, operand, packed(found.offset.astype(weight.dtype)))
-        return
-    bias = constant(nodes[site.bias[0]].inputs[site.bias[1]])
-    if bias is None:
-        raise PassError(f"the bias of '{site.node}' is gone", advice="this is a bug in compensate")
-    scaled = bias.astype(np.float64)
-    if site.operator is None:
-        scaled = scaled * (1 + matrix)
-    fresh = scaled + found.offset.reshape(bias.shape)
-    yield Repair(*site.bias, packed(fresh.astype(bias.dtype)))

@@ -135,6 +135,22 @@ def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
             f"{touched['operators']:.0%} of the weighted operators",
             highlight=False,
         )
+    _compensation(console, evidence.get("compensation"))
+
+
+def _compensation(console: Console, found: Mapping[str, Any] | None) -> None:
+    """What refitting weights behind the moves did to the damage on selection data."""
+    if found is None:
+        return
+    if not found["operators"]:
+        console.print("compensation: no refitted operator brought the outputs nearer to the original's")
+        return
+    word = "kept" if found["kept"] else "not kept"
+    console.print(
+        f"compensation {word}: {found['operators']} operators refitted, damage on selection data "
+        f"{found['before']:+.4f} -> {found['after']:+.4f}",
+        highlight=False,
+    )
 
 
 def _warnings(console: Console, evidence: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from lamina.passes.pass_ import Option, Site
 from lamina.passes.replace_branch import ReplaceBranch
 from lamina.planner.mend import standing
 from lamina.planner.plan import Move, Plan
+from lamina.report.terminal import result_tables
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,6 +54,21 @@ def test_a_plan_is_repaired_where_that_lowers_the_damage(dropped: lamina.Result)
     assert told["after"] < 0.9 * told["before"]
     assert dropped.plan.repairs
     assert dropped.evidence["damage"] < told["before"]
+
+
+def test_the_terminal_says_what_was_repaired(
+    dropped: lamina.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = dropped.evidence["compensation"]
+    result_tables(dropped.evidence, ["out/model.onnx"])
+    text = " ".join(capsys.readouterr().out.split())
+    damages = f"{told['before']:+.4f} -> {told['after']:+.4f}"
+    assert (
+        f"compensation kept: {told['operators']} operators refitted, damage on selection data {damages}"
+        in text
+    )
+    result_tables({**dropped.evidence, "compensation": None}, ["out/model.onnx"])
+    assert "compensation" not in capsys.readouterr().out
 
 
 def test_the_plan_reproduces_the_repaired_program(dropped: lamina.Result) -> None:

@@ -1,220 +1,241 @@
-"""Quality against branches removed: dropped or replaced, with and without compensation.
+"""Quality against branches removed: dropped in two orders, repaired or not, or replaced by fitted maps.
 
-    python -m tools.studies.depth.repair minilm kwt1 --most 5 --out depth_repair.json
+    python -m tools.studies.depth minilm kwt1 --most 5 --out depth_repair.json
 
-Branches go greedily: each step drops the one without which the outputs diverge least from the original's, on
-selection samples. Every prefix of that order is then scored on report samples in several ways, named
-``<what becomes of the branches>`` or ``<what becomes of them>+<compensation>``: dropped (``drop``) or
-replaced by a fitted map (``bias``, ``diagonal``, ``full``); compensated by the :data:`WAYS`. Calibration
-samples fit, selection samples choose (``chosen``: the way with the least damage there), report samples only
-report. Latency is the CPU time of the finished model over the original's, one thread of ONNX Runtime.
+Branches go greedily, each the one without which the outputs diverge least from the original's on samples of
+the selection set. The *plain* order looks at models that were only cut. The *repaired* order looks at models
+that were repaired after every step, so that what the repair makes up for counts. Every row holds
+
+* ``drop``: the plain order's branches gone, nothing else;
+* ``repaired``: the repaired order's branches gone, and every operator behind them refitted
+  (:func:`lamina.passes.compensate.compensate`) on the calibration set, going on from the last step's repair;
+* ``unrepaired``: the same branches as ``repaired``, without repair;
+* ``bias``, ``diagonal``, ``full`` (``--maps``): the plain order's branches replaced by fitted maps.
+
+All are scored on the report set, which nothing else sees. Latency is the CPU time of the finished model over
+the original's, one thread of ONNX Runtime; a repair adds no operator and no byte.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lamina.analysis.matching import Match, collect_matches
 from lamina.analysis.statistics import Statistics
-from lamina.backends import get_backend
-from lamina.backends.backend import Target
-from lamina.data import Dataset
-from lamina.data.dataset import Splits
-from lamina.data.splitting import load_splits
-from lamina.ir.capture import capture
 from lamina.ir.io import serialized_size
 from lamina.ir.program import Program
-from lamina.passes.compensate import Compensation, compensate
+from lamina.passes.compensate import compensate
 from lamina.passes.drop_branch import DropBranch
-from lamina.passes.fold import fold
 from lamina.passes.pass_ import Site
+from lamina.passes.repair import Repair, apply_repairs
 from lamina.passes.replace_branch import ReplaceBranch
 from lamina.planner.apply import apply_moves
 from lamina.planner.mend import standing
 from lamina.planner.plan import Move
-from lamina.planner.space import Genome, build_space
-from lamina.planner.supergraph import build_supergraph
-from lamina.planner.timing import Stopwatch
-from lamina.quality import Metric, evaluate, get_metric
-from lamina.quality.evaluation import reference_outputs
-from lamina.workload import parse_workload
 from tools.bench.cases import CASES, Case
+from tools.studies.depth.scoring import TARGET, Study
 
-WAYS: Mapping[str, Compensation] = {
-    "mean": Compensation(weights=False),
-    "norms": Compensation(roles=("norm",)),
-    "writers": Compensation(roles=("norm", "writer")),
-    "all": Compensation(),
-}
-TARGET = Target.parse("ort:cpu?threads=1")
 MODELS = ("resnet56", "kwt1", "stories260k", "minilm")
-# Samples the greedy order is chosen on.
-ORDER_SAMPLES = 128
-Progress = Callable[[str], None]
+MAPS = ("bias", "diagonal", "rank", "full")
+# Branches measured anew in a step at least, in the order of what they last were.
+LOOKS = 3
+Tell = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Study:
-    """One reference model with all that its rows are scored by."""
+@dataclass
+class Order:
+    """Branches in the order they go: each step the one whose absence the outputs show least.
 
-    case: Case
-    program: Program
-    splits: Splits
-    metric: Metric
-    divergence: Metric
-    references: Mapping[str, list[dict[str, np.ndarray]]]
-    matches: Mapping[str, Match]
+    Divergences of the step before, which nearly always only grow, say in which order candidates are looked
+    at; what was worse then than the best is now is not looked at again (lazy greedy).
 
-    @staticmethod
-    def of(case: Case) -> Study:
-        """Capture, fold, and run the original once."""
-        program, _, _ = fold(capture(str(case.path)))
-        splits = load_splits(case.load(), program, batch_size=case.batch_size)
-        metric = get_metric(case.metric, program)
-        run = _run(program)
-        references = {p: reference_outputs(run, getattr(splits, p)) for p in ("selection", "report")}
-        matches = collect_matches(program, splits.calibration, ReplaceBranch().probes(program), threads=1)
-        divergence = get_metric(metric.divergence, program)
-        return Study(case, program, splits, metric, divergence, references, matches)
+    Attributes:
+        study: What is cut.
+        moves: Drops so far.
+        program: What they leave, with the repairs so far.
+        repairs: Fitted weights of :attr:`program`, by node and operand.
+    """
 
-    def scores(self, program: Program) -> dict[str, Any]:
-        """Metric and divergence on selection and report samples."""
-        run, found = _run(program), {}
-        for part, reference in self.references.items():
-            data = getattr(self.splits, part)
-            outputs = reference_outputs(run, data)
-            for name, judge in ((part, self.metric), (f"{part}_divergence", self.divergence)):
-                replay = iter(outputs)
-                features = evaluate(lambda _, r=replay: next(r), data, judge, reference)  # type: ignore[misc]
-                found[name] = judge.score(features)
-        return found
+    study: Study
+    tell: Tell
+    moves: list[Move] = field(default_factory=list)
+    repairs: dict[tuple[str, int], Repair] = field(default_factory=dict)
+    known: dict[str, float] = field(default_factory=dict)
 
-    def moves(self, drops: Sequence[Move], what: str) -> list[Move]:
-        """The drops, or replacements of the same branches; where a map is not offered, a cheaper one."""
-        if what == "drop":
-            return list(drops)
-        transform = ReplaceBranch()
-        sites = {s.name: s for s in transform.sites(self.program) if isinstance(s, Site)}
-        order, chosen = ("bias", "diagonal", "rank", "full"), []
-        for drop in drops:
-            site = sites.get(drop.site.name)
-            statistics = Statistics(0, matches=self.matches)
-            offered = () if site is None else transform.options(site, self.program, statistics, TARGET)
-            fit = [o for o in offered if order.index(o.name.partition("-")[0]) <= order.index(what)]
-            chosen.append(Move(site, fit[-1]) if site is not None and fit else drop)
-        return chosen
+    @property
+    def names(self) -> list[str]:
+        """Branches gone."""
+        return sorted(m.site.name for m in self.moves)
 
-    def row(
-        self, drops: Sequence[Move], ways: Sequence[str], original: float, tell: Progress
+    @property
+    def program(self) -> Program:
+        """What the moves and repairs so far leave."""
+        return self._program(self.moves)
+
+    def step(self) -> None:
+        """Drop one more."""
+        gone = {m.site.name for m in self.moves}
+        left = [m for m in drops(self.study.program) if m.site.name not in gone]
+        left.sort(key=lambda m: self.known.get(m.site.name, 0.0))
+        best: Move | None = None
+        looks = 0
+        for move in left:
+            name = move.site.name
+            enough = looks >= LOOKS and name in self.known
+            if enough and best is not None and self.known[name] >= self.known[best.site.name]:
+                break
+            self.known[name] = self.study.order.diverges(self._program([*self.moves, move]))
+            looks += 1
+            if best is None or self.known[name] < self.known[best.site.name]:
+                best = move
+        if best is None:
+            raise SystemExit("no branch is left to drop")
+        self.moves.append(best)
+        self.tell(
+            f"{len(self.moves)}: {best.site.name} ({self.known[best.site.name]:.4g}, {looks} looked at)"
+        )
+
+    def repair(self) -> dict[str, Any]:
+        """Refit what is behind all drops so far, from the weights of the last repair."""
+        plain = apply_moves(self.study.program, self.moves)
+        start = time.process_time()
+        made = compensate(
+            self.study.program,
+            self.program,
+            self.study.calibration,
+            stands_for=standing(self.moves, plain),
+            divergence=self.study.order.divergence,
+            threads=1,
+        )
+        self.repairs |= {(r.node, r.operand): r for r in made.repairs}
+        return {"operators": len(made.fitted), "cpu_seconds": time.process_time() - start}
+
+    def _program(self, moves: Sequence[Move]) -> Program:
+        plain = apply_moves(self.study.program, moves)
+        there = {n.name for n in plain.graph}
+        return apply_repairs(plain, [r for r in self.repairs.values() if r.node in there])
+
+
+def drops(program: Program) -> Iterator[Move]:
+    """Every drop there is, in execution order."""
+    transform = DropBranch()
+    for site in transform.sites(program):
+        if isinstance(site, Site):
+            (option,) = transform.options(site, program, Statistics(0), TARGET)
+            yield Move(site, option)
+
+
+def replaced(program: Program, moves: Sequence[Move], what: str, matches: Mapping[str, Match]) -> list[Move]:
+    """Replacements of the same branches; where a map is not offered, the next cheaper one or the drop."""
+    transform, chosen = ReplaceBranch(), []
+    sites = {s.name: s for s in transform.sites(program) if isinstance(s, Site)}
+    for drop in moves:
+        site = sites.get(drop.site.name)
+        statistics = Statistics(0, matches=matches)
+        offered = () if site is None else transform.options(site, program, statistics, TARGET)
+        fit = [o for o in offered if MAPS.index(o.name.partition("-")[0]) <= MAPS.index(what)]
+        chosen.append(Move(site, fit[-1]) if site is not None and fit else drop)
+    return chosen
+
+
+class Rows:
+    """Scores and times programs once each: two orders often meet in the same branches."""
+
+    def __init__(self, study: Study, tell: Tell) -> None:
+        self._study, self._tell = study, tell
+        self._cut: dict[tuple[str, ...], dict[str, Any]] = {}
+
+    def cut(self, moves: Sequence[Move]) -> dict[str, Any]:
+        """Branches gone and nothing else."""
+        key = tuple(sorted(m.site.name for m in moves))
+        if key not in self._cut:
+            self._cut[key] = self.scored("drop", moves, apply_moves(self._study.program, moves))
+        return self._cut[key]
+
+    def scored(
+        self, way: str, moves: Sequence[Move], program: Program, timed: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Every way of doing without some branches."""
-        found: dict[str, Any] = {"removed": len(drops), "branch": drops[-1].site.name}
-        for way in ways:
-            what, _, repair = way.partition("+")
-            moves = self.moves(drops, what)
-            program = plain = apply_moves(self.program, moves)
-            facts: dict[str, Any] = {}
-            if repair:
-                start = time.perf_counter()
-                made = compensate(
-                    self.program,
-                    plain,
-                    self.splits.calibration,
-                    stands_for=standing(moves, plain),
-                    how=WAYS[repair],
-                    divergence=self.divergence,
-                    threads=1,
-                )
-                program = made.program
-                facts = {"operators": len(made.fitted), "seconds": time.perf_counter() - start}
-            found[way] = self.scores(program) | facts | {"bytes": serialized_size(program.model)}
-            found[way] |= self.latency(program)
-            found[way]["damage"] = self.metric.damage(original, found[way]["report"])
-            tell(f"{self.case.name} -{len(drops)} {way}: {found[way]['report']:.4f}")
-        best = min(ways, key=lambda w: self.metric.damage(1.0, found[w]["selection"]))
-        found["chosen"] = best
+        """Facts of one program; ``timed``: those of one with the same operators."""
+        found = self._study.report.report(self._study.report(program))
+        found["branches"] = [m.site.name for m in moves]
+        found["bytes"] = serialized_size(program.model)
+        times = self._study.latency(program) if timed is None else timed
+        found |= {k: times[k] for k in ("latency", "latency_spread")}
+        self._tell(
+            f"{self._study.case.name} -{len(moves)} {way}: {found['report']:.4f}, "
+            f"damage {found['damage']:.4f}, divergence {found['divergence']:.4g}, "
+            f"latency {found['latency']:.3f}"
+        )
         return found
 
-    def latency(self, program: Program) -> dict[str, Any]:
-        """CPU time over the original's."""
-        workload = parse_workload(self.case.workload, self.program, self.splits.selection)
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            Stopwatch(get_backend(TARGET), TARGET, workload, self.program.model, Path(folder)) as stopwatch,
-        ):
-            (found,) = stopwatch.compare([program.model], seconds=2.0)
-        return {"latency": found.ratio, "latency_spread": [found.low, found.high]}
 
-
-def study(case: Case, most: int, ways: Sequence[str], tell: Progress) -> dict[str, Any]:
-    """Rows of one reference model, one for every number of branches removed."""
-    about = Study.of(case)
-    drops = greedy(about.program, about.splits.selection, about.divergence, most, tell)
-    original = about.scores(about.program)
-    rows = [about.row(drops[: i + 1], ways, original["report"], tell) for i in range(len(drops))]
-    return {
+def study(case: Case, options: argparse.Namespace, tell: Tell) -> Iterator[dict[str, Any]]:
+    """What is known so far of one reference model, after every row."""
+    about = Study.of(case, options.order_samples, options.report_samples)
+    matches = {}
+    if options.maps:
+        probes = ReplaceBranch().probes(about.program)
+        matches = collect_matches(about.program, about.calibration, probes, threads=1)
+    plain, mended, rows = Order(about, tell), Order(about, tell), Rows(about, tell)
+    found: dict[str, Any] = {
         "model": case.name,
         "metric": case.metric,
-        "branches": len(build_space(about.program, [DropBranch()], Statistics(0), TARGET).choices),
-        "n": {p: getattr(about.splits, p).samples for p in ("calibration", "selection", "report")},
-        "calibration_rows_fitted": min(len(about.splits.calibration), Compensation().rows),
-        "original": original,
-        "rows": rows,
+        "divergence": about.report.divergence.name,
+        "branches": len(list(drops(about.program))),
+        "n": {
+            "calibration": about.calibration.samples,
+            "order": about.order.samples,
+            "report": about.report.samples,
+        },
+        "original": about.report.report(about.report.original),
+        "rows": [],
     }
-
-
-def greedy(program: Program, selection: Dataset, divergence: Metric, most: int, tell: Progress) -> list[Move]:
-    """Drops in the order they go."""
-    space = build_space(program, [DropBranch()], Statistics(0), TARGET)
-    supergraph = build_supergraph(space)
-    supergraph.executable = get_backend(TARGET).compile(supergraph.model, TARGET)
-    count = min(ORDER_SAMPLES, selection.samples)
-    data = selection.rows(np.linspace(0, selection.samples - 1, count).astype(np.int64))
-    reference = reference_outputs(lambda feeds: supergraph.run(space.nothing, feeds), data)
-
-    def score(genome: Genome) -> float:
-        features = evaluate(lambda feeds: supergraph.run(genome, feeds), data, divergence, reference)
-        return divergence.score(features)
-
-    genome, order = space.nothing, []
-    for _ in range(min(most, len(genome))):
-        left = [i for i, gene in enumerate(genome) if not gene and not space.dropped(genome, i)]
-        harm = {i: score((*genome[:i], 1, *genome[i + 1 :])) for i in left}
-        best = min(harm, key=lambda i: harm[i])
-        genome = (*genome[:best], 1, *genome[best + 1 :])
-        order.append(best)
-        tell(f"drop {space.choices[best].site.name}: divergence {harm[best]:.3g}")
-    return [Move(space.choices[i].site, space.choices[i].options[0]) for i in order]
-
-
-def _run(program: Program) -> Any:
-    return get_backend(TARGET).compile(program.model, TARGET).run
+    for count in range(1, options.most + 1):
+        plain.step()
+        if count == 1:
+            mended.known = dict(plain.known)
+        mended.step()
+        facts = mended.repair()
+        if options.at and count not in options.at:
+            continue
+        row: dict[str, Any] = {"removed": count, "drop": rows.cut(plain.moves)}
+        row["unrepaired"] = rows.cut(mended.moves)
+        row["repaired"] = rows.scored("repaired", mended.moves, mended.program, row["unrepaired"]) | facts
+        for what in options.maps:
+            moves = replaced(about.program, plain.moves, what, matches)
+            row[what] = rows.scored(what, moves, apply_moves(about.program, moves))
+        found["rows"].append(row)
+        yield found
 
 
 def main() -> None:
     """Study the models named on the command line and write JSON."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.studies.depth",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="*", help="reference models; all with branches if none")
     parser.add_argument("--most", type=int, default=5, help="branches to remove")
-    parser.add_argument("--ways", nargs="*", default=["drop", "drop+all", "full", "full+all"])
+    parser.add_argument("--at", type=int, nargs="*", default=[], help="score only these numbers of branches")
+    parser.add_argument("--maps", nargs="*", default=[], choices=MAPS, help="maps to replace branches by")
+    parser.add_argument("--order-samples", type=int, default=128, help="selection samples orders are made on")
+    parser.add_argument("--report-samples", type=int, help="report samples, evenly; all if not given")
     parser.add_argument("--out", type=Path, default=Path("depth_repair.json"))
     options = parser.parse_args()
-    found = []
+    done: list[dict[str, Any]] = []
     for case in CASES:
         if case.name in (options.models or MODELS):
-            found.append(study(case, options.most, options.ways, lambda note: print(note, flush=True)))
-            options.out.write_text(json.dumps(found, indent=1))
+            found: dict[str, Any] = {}
+            for found in study(case, options, lambda note: print(note, flush=True)):
+                options.out.write_text(json.dumps([*done, found], indent=1))
+            done.append(found)
 
 
 if __name__ == "__main__":

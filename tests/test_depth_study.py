@@ -1,0 +1,103 @@
+"""The depth study: orders, repairs and pages, on a random residual MLP."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ElementTree
+from typing import Any
+
+import numpy as np
+import pytest
+from stacked_model import WIDTH, stacked
+
+from lamina.data import Dataset
+from lamina.quality import get_metric
+from tools.bench.cases import Case
+from tools.studies.depth.page import summary, svg, tables
+from tools.studies.depth.repair import Order, Rows, drops
+from tools.studies.depth.scoring import Judge, Study, by_length, short
+
+
+def _data(seed: int) -> Dataset:
+    x = np.random.default_rng(seed).normal(size=(96, 6, WIDTH)).astype(np.float32)
+    return Dataset({"x": x}, {}, 16)
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    program = stacked(5)
+    metric = get_metric(None, program)
+    judges = [Judge(program, _data(seed), metric, metric) for seed in (1, 2)]
+    case = Case("stack", "", metric.name, dict, "1x6")
+    return Study(case, program, _data(3), *judges)
+
+
+def test_lazy_greedy_drops_what_is_missed_least(study: Study) -> None:
+    order = Order(study, lambda note: None)
+    order.step()
+    harm = {m.site.name: study.order.diverges(Order(study, print, [m]).program) for m in drops(study.program)}
+    assert order.names == [min(harm, key=lambda name: harm[name])]
+    order.step()
+    assert len(set(order.names)) == 2
+
+
+def test_repairs_carry_over_to_the_next_step_and_help_on_other_data(study: Study) -> None:
+    order = Order(study, lambda note: None)
+    for _ in range(2):
+        order.step()
+        assert order.repair()["operators"] > 0
+    plain = Order(study, lambda note: None, list(order.moves))
+    assert study.report.diverges(order.program) < 0.75 * study.report.diverges(plain.program)
+
+
+def test_a_set_of_branches_is_scored_once(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Study, "latency", lambda *_: {"latency": 0.9, "latency_spread": [0.9, 0.9]})
+    rows, moves = Rows(study, lambda note: None), list(drops(study.program))
+    assert rows.cut(moves[:2]) is rows.cut([moves[1], moves[0]])
+
+
+def _masked(lengths: list[int], width: int = 12) -> Dataset:
+    mask = (np.arange(width) < np.array(lengths)[:, None]).astype(np.int64)
+    ids = np.arange(mask.size).reshape(mask.shape)
+    return Dataset({"input_ids": ids, "attention_mask": mask}, {"score": np.arange(len(mask))}, 4)
+
+
+def test_padding_is_cut_and_no_sample_is_lost() -> None:
+    data = _masked([3, 9, 5, 2, 7, 9, 4, 1])
+    parts = by_length(data)
+    assert sorted(int(s) for part in parts for s in part.extras["score"]) == list(range(8))
+    for part in parts:
+        mask = part.inputs["attention_mask"]
+        assert mask.shape[1] == mask.sum(axis=1).max() == part.inputs["input_ids"].shape[1]
+    assert sum(int(part.inputs["attention_mask"].sum()) for part in parts) == 40
+
+
+def test_the_longest_rows_are_left_out_of_fits() -> None:
+    data = short(_masked([3] * 18 + [12, 11]))
+    assert data.inputs["input_ids"].shape == (18, 3)
+
+
+def _model(before: float, after: float) -> dict[str, Any]:
+    def way(damage: float) -> dict[str, Any]:
+        spread = [damage - 0.01, damage + 0.01]
+        facts = {"report": 0.9 - damage, "damage": damage, "damage_ci95": spread, "divergence": 10 * damage}
+        return facts | {"latency": 0.8, "latency_spread": [0.79, 0.81], "branches": ["a<b"]}
+
+    row = {"removed": 1, "drop": way(before), "unrepaired": way(before), "repaired": way(after)}
+    n = {"calibration": 1, "order": 2, "report": 3}
+    named = {"model": "net", "metric": "top1", "divergence": "kl", "branches": 5, "n": n}
+    return {**named, "original": {"report": 0.9}, "rows": [row]}
+
+
+def test_the_summary_is_the_geometric_mean_of_ratios() -> None:
+    text = "\n".join(summary([_model(0.04, 0.02), _model(0.04, 0.01), _model(0.04, -0.01)], 0.2))
+    assert f"damage, 2 models: {math.sqrt(0.5 * 0.25):.2f}" in text
+    assert "1 of 5" in text
+
+
+def test_tables_and_plot_hold_every_way() -> None:
+    models = [_model(0.04, 0.02)]
+    assert "| 1 | 0.800; 0.800 | 86.00, +4.00 (+3.00 to +5.00), 0.4 |" in "\n".join(tables(models))
+    root = ElementTree.fromstring(svg(models))
+    lines = [e for e in root.iter() if e.tag.endswith("polyline")]
+    assert len(lines) == 3
