@@ -178,7 +178,7 @@ def test_missing_labels(capsys, files):
         (["--target", "gpu"], "'gpu'"),
         (["--target", "ort:tpu"], "tpu"),
         (["--target", "ort:cpu?threads=none"], "threads"),
-        (["--transforms", "drop,quantise"], "there is no transform 'quantise' choose from drop, quantize"),
+        (["--transforms", "drop,quantise"], "there is no transform 'quantise' choose from drop, direct-matching, merge-conv-chain, quantize"),
         (["--workload", "1x2"], "2 sizes given, the model has 1 dynamic dims (batch)"),
         (["--workload", "width=3"], "the model has no dynamic dim 'width', it has batch"),
         (["--minimize", "beauty"], "beauty"),
