@@ -52,6 +52,9 @@ def optimize(
         str | None, typer.Option(help="comma-separated, e.g. drop,quantize; default all")
     ] = None,
     minimize: Annotated[str | None, typer.Option(help="latency, size, flops, memory or damage")] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="search (default), or drop rules whose plans are all that is looked at")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 120.0,
     seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,
     batch_size: Annotated[int, typer.Option(help="rows a run gets during evaluation", min=1)] = 32,
@@ -73,6 +76,7 @@ def optimize(
             if transforms is None
             else [t.strip() for t in transforms.split(",") if t.strip()],
             minimize=minimize,
+            strategy=strategy,
             seconds=seconds,
             seed=seed,
             batch_size=batch_size,

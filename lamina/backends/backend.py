@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -120,6 +120,12 @@ class Executable(Protocol):
     def run(self, feeds: Feeds) -> dict[str, np.ndarray]:
         """Run once; arrays keyed by output name."""
         ...
+
+
+def run_of(executable: Executable) -> Callable[[Feeds], dict[str, np.ndarray]]:
+    """How to run a program on the original's feeds: caches of attentions that were dropped are not fed."""
+    names = frozenset(executable.input_names)
+    return lambda feeds: executable.run({n: a for n, a in feeds.items() if n in names})
 
 
 class Backend(Protocol):

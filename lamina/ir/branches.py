@@ -135,6 +135,12 @@ def find_branches(program: Program) -> BranchesResult:
     return BranchesResult(branches, tuple(search.near_misses), _blocks(view, found, branches, paths))
 
 
+def cache_ports(program: Program) -> tuple[frozenset[str], ...]:
+    """For each branch with a cache, the interface inputs and outputs that leave when it is dropped."""
+    ports = (frozenset((*b.cache_inputs, *b.cache_outputs)) for b in find_branches(program).branches)
+    return tuple(p for p in ports if p)
+
+
 def _branch(view: GraphView, found: Found, name: str, kind: BranchKind, parent: str | None) -> Branch:
     members = found.region.members
     weights = tuple(_own_weights(view, found))

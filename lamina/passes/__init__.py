@@ -13,6 +13,7 @@ from lamina.passes.pass_ import Transform
 TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("drop", "lamina.passes.drop_branch:DropBranch"),
     ("direct-matching", "lamina.passes.replace_branch:ReplaceBranch"),
+    ("merge-conv-chain", "lamina.passes.merge_conv_chain:MergeConvChain"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 

@@ -137,3 +137,13 @@ class Evaluator:
             if callable(on_done):
                 on_done(done + 1, len(genomes))
         return found
+
+    def single_scores(self, probe: Dataset, metric: Metric, genomes: Sequence[Genome]) -> list[float]:
+        """A task metric of each genome on ``probe``; NaN where its outputs are not finite."""
+        batches = list(probe.batches())
+        found = []
+        for genome in genomes:
+            outputs = ((self._run(genome, batch), batch) for batch in batches)
+            features = np.concatenate([metric.features(made, batch) for made, batch in outputs])
+            found.append(metric.score(features) if np.isfinite(features).all() else float("nan"))
+        return found

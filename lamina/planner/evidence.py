@@ -49,7 +49,9 @@ def evidence(
     """The object ``result.json`` holds."""
     candidate, model = verdict.finalist.candidate, verdict.finalist.realized.program.model
     heaviest = max(request.workload, key=lambda c: sum(a.size for a in c.feeds.values()))
-    after_cost = cost(verdict.finalist.realized.program, heaviest.feeds)
+    made = verdict.finalist.realized.program
+    ports = {port.name for port in made.inputs}  # caches of dropped attentions are gone
+    after_cost = cost(made, {n: a for n, a in heaviest.feeds.items() if n in ports})
     sizes = builder.original_size, serialized_size(model)
     memory = builder.original_memory(), builder.memory(verdict.finalist)
     predicted = builder.prepared.costs.predict(candidate.genome)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from lamina.backends.backend import Executable, usable_cores
+from lamina.backends.backend import Executable, run_of, usable_cores
 from lamina.data import Dataset
 from lamina.planner.builder import Finalist
 from lamina.planner.request import Request
@@ -77,4 +77,5 @@ class Judge:
 
     def _run(self, executable: Executable, data: Dataset) -> np.ndarray:
         reference = self._original.run if self.request.metric.kind == "divergence" else None
-        return evaluate(executable.run, data, self.request.metric, reference_run=reference)
+        run = executable.run if executable is self._original else run_of(executable)
+        return evaluate(run, data, self.request.metric, reference_run=reference)

@@ -115,6 +115,45 @@ def solve(
     return costs.space.canonical(genome)
 
 
+def least_sum(
+    harm: Sequence[float],
+    saving: Sequence[float],
+    least: float,
+    nested: Sequence[tuple[int, int]] = (),
+    *,
+    seconds: float = 5.0,
+) -> list[int] | None:
+    """The items with the least sum of ``harm`` that together save ``least``; None when all do not.
+
+    Args:
+        harm: Of each item, at least 0.
+        saving: Of each item, in the unit of ``least``.
+        least: What must be saved.
+        nested: Pairs (inner, outer) of which at most one is taken: the outer one stands for both.
+        seconds: Time limit; the best solution found so far is returned.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    count = len(harm)
+    scale = max(max(saving, default=0.0), 1e-300)
+    rows = [np.asarray(saving, np.float64) / scale]
+    low, high = [least / scale], [np.inf]
+    for inner, outer in nested:
+        row = np.zeros(count)
+        row[[inner, outer]] = 1.0
+        rows, low, high = [*rows, row], [*low, -np.inf], [*high, 1.0]
+    worst = max(max(harm, default=0.0), 1e-300)
+    with _silent_stdout():
+        result = milp(
+            np.asarray(harm, np.float64) / worst + 1e-9,  # of equal sums the smaller set
+            constraints=LinearConstraint(np.stack(rows), low, high),
+            bounds=Bounds(0, 1),
+            integrality=np.ones(count),
+            options={"time_limit": seconds, "mip_rel_gap": 0.0},
+        )
+    return None if result.x is None else [int(i) for i in np.flatnonzero(result.x > 0.5)]
+
+
 def _axis_vectors(
     costs: Costs, damage: Sequence[Sequence[float]], first: Sequence[int], variables: int, count: int
 ) -> dict[str, np.ndarray]:

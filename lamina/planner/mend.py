@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lamina.errors import DataError
+from lamina.backends.backend import run_of
+from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.passes.compensate import compensate
+from lamina.passes.merge_conv_chain import MergeConvChain
 from lamina.planner.apply import removes
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.plan import Move
@@ -35,6 +37,8 @@ def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
     if not realized.plan.moves or genome in builder.mended:
         return finalist
     original, start = builder.prepared.folded.program, time.perf_counter()
+    if [p.name for p in original.inputs] != [p.name for p in realized.program.inputs]:
+        return finalist  # a cache left with its attention: the two do not run on the same feeds
     try:
         made = compensate(
             original,
@@ -45,6 +49,9 @@ def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
             seconds=_SHARE * request.seconds,
         )
     except DataError:  # too little calibration data to check a fit on
+        return finalist
+    except PassError as error:  # a bug in a repair costs the repair, not the run
+        builder.prepared.undone.append({"pass": "compensate", "where": "plan", "reason": error.what})
         return finalist
     before = after = 0.0
     if made.repairs:
@@ -104,7 +111,7 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
     made = {v.name or "" for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
     for move in moves:
-        if not removes(move) or len(move.site.outputs) != 1:
+        if not removes(move) or len(move.site.outputs) != 1 or move.site.transform == MergeConvChain.name:
             continue
         instead = f"{move.site.nodes[-1]}_matched_bias_out"
         skip = instead if instead in made else move.site.inputs[0]
@@ -124,7 +131,7 @@ def _damages(request: Request, programs: Sequence[Program]) -> list[float]:
     reference = original if metric.kind == "divergence" else None
 
     def score(program: Program) -> float:
-        run = request.backend.compile(program.model, request.draft).run
+        run = run_of(request.backend.compile(program.model, request.draft))
         return metric.score(evaluate(run, data, metric, reference_run=reference))
 
     before = metric.score(evaluate(original, data, metric, reference_run=reference))

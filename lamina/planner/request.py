@@ -30,6 +30,7 @@ class Request:
         seconds: Time for measuring candidates.
         seed: Of search and timing order.
         progress: Receives progress.
+        strategy: ``search``, or names of drop rules with commas between (:mod:`lamina.planner.strategy`).
     """
 
     program: Program
@@ -45,6 +46,7 @@ class Request:
     seconds: float
     seed: int
     progress: Progress
+    strategy: str = "search"
 
     @property
     def draft(self) -> Target:

@@ -76,6 +76,8 @@ class Search:
         seconds: Time budget for measuring.
         seed: Of the random proposals.
         report: Called with (done seconds, total seconds, note).
+        seeds: Measures plans of its own, each through :meth:`measure`, whenever the search (re)starts.
+        only_seeds: Whether the plans of ``seeds`` are all there is: nothing is solved for, nothing improved.
     """
 
     def __init__(
@@ -88,7 +90,10 @@ class Search:
         seconds: float = 120.0,
         seed: int = 0,
         report: Callable[[float, float, str], None] | None = None,
+        seeds: Callable[[Search], None] | None = None,
+        only_seeds: bool = False,
     ) -> None:
+        self.seeds, self.only_seeds = seeds, only_seeds
         self.costs, self.evaluator, self.goal = costs, evaluator, goal
         self.damage = [[d if np.isfinite(d) else 1e9 for d in row] for row in damage]
         self.seconds, self.random = seconds, np.random.default_rng(seed)
@@ -101,9 +106,13 @@ class Search:
 
     # -- measuring ----------------------------------------------------------------------------------
 
+    def elapsed(self) -> float:
+        """Seconds since the search was made."""
+        return time.perf_counter() - self.start
+
     def out_of_time(self) -> bool:
         """Whether the time budget is spent."""
-        return time.perf_counter() - self.start > self.seconds
+        return self.elapsed() > self.seconds
 
     def forbid(self, genes: Collection[tuple[int, int]]) -> bool:
         """Leave options (choice, gene) out from now on, as they proved broken; whether that was news."""
@@ -120,7 +129,7 @@ class Search:
         Returns:
             Whether this was not done for ``genome`` before.
         """
-        if genome in self.detoured:
+        if genome in self.detoured or self.only_seeds:
             return False
         self.detoured.add(genome)
         allowed = self.surrogate(genome)
@@ -160,7 +169,7 @@ class Search:
         self.archive[genome] = candidate
         best = self.best()
         note = "" if best is None else f"{len(self.archive)} measured, best {best.objective(self.goal):.3g}"
-        self.report(time.perf_counter() - self.start, self.seconds, note)
+        self.report(self.elapsed(), self.seconds, note)
         return candidate
 
     def best(self) -> Candidate | None:
@@ -173,13 +182,17 @@ class Search:
     def run(self) -> list[Candidate]:
         """All measured candidates; feasible ones first, best first."""
         self.measure(self.costs.space.nothing)
-        if self.goal.minimize == "damage":
-            self._seed_by_cost()
-        else:
-            self._seed_by_damage()
-        if self.best() is None:
-            self._nearest()
-        self._improve()
+        if not self.only_seeds:
+            if self.goal.minimize == "damage":
+                self._seed_by_cost()
+            else:
+                self._seed_by_damage()
+        if self.seeds is not None:
+            self.seeds(self)
+        if not self.only_seeds:
+            if self.best() is None:
+                self._nearest()
+            self._improve()
         return self.ranked()
 
     def ranked(self) -> list[Candidate]:
@@ -233,6 +246,8 @@ class Search:
             self.goal = goal
 
     def _solve(self, allowed: float) -> Genome | None:
+        if self.only_seeds:
+            return None
         return solve(
             self.costs,
             self.damage,
