@@ -144,7 +144,7 @@ def analyze(
         blocks=blocks,
         branches=branches,
         operators=operators,
-        roof=None if limits is None else asdict(limits),
+        roof=None if limits is None else {**asdict(limits), "caches": [list(c) for c in limits.caches]},
         totals=totals,
         shapes={name: list(array.shape) for name, array in feeds.items()},
         skipped=dict(statistics.skipped),

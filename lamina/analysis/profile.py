@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ class ProfileResult:
         operators: Node name -> seconds a run. A fused kernel's time goes to the operator it is named after,
             else to the one of its kind (or, failing that, the one) that makes its output.
         other: Kernel type -> seconds a run that no operator of the program explains (layout changes).
-        runs: Runs that were averaged.
+        runs: Runs that were looked at.
     """
 
     operators: Mapping[str, float] = field(default_factory=dict)
@@ -47,7 +48,8 @@ def profile(
 ) -> ProfileResult:
     """Profile the program, fully optimized, on one set of inputs.
 
-    Each kernel's time is the mean of the fastest four fifths of its runs, warm-up left out.
+    Each kernel's time is the median of the faster half of its runs, warm-up left out: other work on the
+    machine only adds, and adds much where one of two threads has to wait.
 
     Args:
         program: Left unchanged.
@@ -100,9 +102,8 @@ def _kernel_times(events: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
     times = {}
     for key, values in samples.items():
         fastest = sorted(values[_WARM_UP:])
-        fastest = fastest[: math.ceil(0.8 * len(fastest))]
         if fastest:
-            times[key] = sum(fastest) / len(fastest)
+            times[key] = median(fastest[: math.ceil(len(fastest) / 2)])
     return times
 
 

@@ -69,9 +69,10 @@ def repeated_operators(graph: ir.Graph, found: BranchesResult, tensors: Tensors)
             positions = [[p for unit in turn for p in unit] for turn in whole]
             if turns < 2 or not any(view.is_weighted(p) for p in positions[0]):
                 continue
-            for index, members in enumerate(positions):
-                path = scope_path(view, members)
-                name = path if path and path not in names else f"repeat.{len(repeats)}"
+            paths = [scope_path(view, members) for members in positions]
+            told_apart = len(set(paths)) == len(paths) and all(paths)
+            for index, (members, path) in enumerate(zip(positions, paths, strict=True)):
+                name = path if told_apart and path not in names else f"repeat.{len(repeats)}"
                 names.add(name)
                 nodes = tuple(view.nodes[p].name or "" for p in members)
                 repeats.append(Repeat(name, nodes, run, index))

@@ -1,7 +1,8 @@
 """Bytes moved, arithmetic intensity and the place under the machine's roof, by operator and by part.
 
 Williams, Waterman, Patterson 2009, "Roofline: an insightful visual performance model" (CACM 52:4):
-attainable time = max(flops / peak, bytes / bandwidth); the larger term says what binds.
+attainable time = max(flops / peak, bytes / bandwidth); the larger term says what binds. The bandwidth is that
+of the smallest cache that holds what the operator moves (:meth:`lamina.backends.roof.Roof.traffic`).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Position:
     """Where a piece of work stands under the roof.
 
     Attributes:
-        seconds: Attainable time: no run can be faster, unless its data come out of a cache.
+        seconds: Attainable time: no run can be faster, unless one kernel does the work of several operators.
         bound: ``compute`` where arithmetic takes the larger share, else ``memory``.
     """
 
@@ -115,7 +116,7 @@ def position(work: Collection[tuple[int, int]], roof: Roof) -> Position | None:
         None where there is nothing to do at all.
     """
     compute = [flops / roof.flops_per_s for flops, _ in work]
-    memory = [moved / roof.bytes_per_s for _, moved in work]
+    memory = [moved / roof.traffic(moved) for _, moved in work]
     seconds = sum(map(max, compute, memory))
     if not seconds:
         return None
@@ -125,8 +126,8 @@ def position(work: Collection[tuple[int, int]], roof: Roof) -> Position | None:
 def roof_share(place: Position | None, latency_s: float | None) -> float | None:
     """Attainable over measured time: 1 is at the roof.
 
-    More than 1 where data came out of a cache, or where one kernel does the work of several operators in a
-    single pass; kernels not named after an operator are not in its time.
+    More than 1 where one kernel does the work of several operators in a single pass; kernels not named after
+    an operator are not in its time.
     """
     return place.seconds / latency_s if place is not None and latency_s else None
 

@@ -1,4 +1,8 @@
-"""The two roofs of a machine, measured once through ONNX Runtime: float32 arithmetic and memory traffic."""
+"""The roofs of a machine, measured once through ONNX Runtime: float32 arithmetic, and traffic by amount.
+
+What an operator moves may lie in a cache, so there is a traffic roof for each amount (Ilic, Pratas, Sousa
+2014, "Cache-aware Roofline model: Upgrading the loft", IEEE Computer Architecture Letters 13:1).
+"""
 
 from __future__ import annotations
 
@@ -24,15 +28,16 @@ from lamina.ir.cache import cache_folder
 from lamina.ir.io import write_atomic
 from lamina.ir.message import message
 
-FORMAT = 2
+FORMAT = 3
 # Half a millisecond and four on a core of 70 GFLOP/s: long against any start-up cost, and short enough that
 # some runs fit between two turns of other work (1024 wide, a busy machine showed a quarter of its speed).
 _PRODUCT_WIDTHS = (256, 512)
-# 64 MB a stream, three of them: past the last cache of most machines.
-_STREAM_ELEMENTS = 1 << 24
+# Elements of each of three streams. The shortest are long against what a run of ONNX Runtime costs besides,
+# and fit a core's own cache; the longest, 64 MB each, lie past the last cache of most machines.
+_STREAMS = (1 << 15, 1 << 17, 1 << 19, 1 << 21, 1 << 24)
 _LEAST_RUNS = 5
 _PRODUCT_SECONDS = 0.3
-_STREAM_SECONDS = 0.3
+_STREAM_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Roof:
             wide, whichever is faster.
         bytes_per_s: Bytes a second of ``z = x + y`` over arrays no cache holds; what is read and written
             counts, the line a store reads first does not (as in STREAM).
+        caches: (bytes, bytes a second) of the same sum over smaller arrays, ascending: what moves no more
+            than so many bytes may come out of a cache that fast.
         quiet: Whether nothing else ran meanwhile; else it is measured again when the machine is quiet.
         date: When, ISO 8601.
     """
@@ -52,10 +59,16 @@ class Roof:
     bytes_per_s: float
     quiet: bool
     date: str
+    caches: tuple[tuple[int, float], ...] = ()
+
+    def traffic(self, moved: int) -> float:
+        """Bytes a second for work that moves ``moved`` bytes in all, caches warm."""
+        held = (rate for size, rate in self.caches if size >= moved)
+        return max(held, default=self.bytes_per_s)
 
     @property
     def balance(self) -> float:
-        """FLOP/byte at which the two roofs meet: below it an operator is bound by memory."""
+        """FLOP/byte at which arithmetic and memory meet: below it what no cache holds is bound by memory."""
         return self.flops_per_s / self.bytes_per_s
 
 
@@ -107,13 +120,17 @@ def measure_roof(target: Target, *, quiet: bool = True) -> Roof:
         square = rng.standard_normal((width, width), dtype=np.float32)
         run = _runner("MatMul", square, square, target, constant=True)
         rates.append(2 * width**3 / _fastest(run, _PRODUCT_SECONDS, clock))
-    stream = rng.standard_normal(_STREAM_ELEMENTS, dtype=np.float32)
-    traffic = _fastest(_runner("Add", stream, stream.copy(), target, constant=False), _STREAM_SECONDS, clock)
+    traffic = []
+    for elements in _STREAMS:
+        stream = rng.standard_normal(elements, dtype=np.float32)
+        run = _runner("Add", stream, stream.copy(), target, constant=False)
+        traffic.append((3 * stream.nbytes, 3 * stream.nbytes / _fastest(run, _STREAM_SECONDS, clock)))
     return Roof(
         flops_per_s=max(rates),
-        bytes_per_s=3 * stream.nbytes / traffic,
+        bytes_per_s=traffic[-1][1],
         quiet=quiet,
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        caches=tuple(traffic[:-1]),
     )
 
 
@@ -162,8 +179,11 @@ def _read(path: Path) -> Roof | None:
     """What the file holds; None where it is absent, corrupt or of another format."""
     try:
         raw = json.loads(path.read_text())
-        found = Roof(**raw["roof"]) if raw["format"] == FORMAT else None
-        usable = found is not None and found.flops_per_s > 0 and found.bytes_per_s > 0
+        if raw["format"] != FORMAT:
+            return None
+        caches = tuple((int(size), float(rate)) for size, rate in raw["roof"].pop("caches"))
+        found = Roof(**raw["roof"], caches=caches)
+        usable = found.flops_per_s > 0 and found.bytes_per_s > 0
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return found if usable else None

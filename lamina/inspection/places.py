@@ -33,8 +33,9 @@ def place_offers(found: AnalysisResult, given: Sequence[Offer]) -> list[str | No
         around = [] if offer.removes else homes.get(part["name"], [])
         for held in (part, *around):
             held["options"] += [o for o in offer.options if o not in held["options"]]
+    parts = operators | branches  # a block without branches has operators for members
     for block in found["blocks"]:
-        inside = [o for name in block["members"] for o in branches[name]["options"]]
+        inside = [o for name in block["members"] if name in parts for o in parts[name]["options"]]
         block["options"] = list(dict.fromkeys(inside))
     return places
 

@@ -62,8 +62,12 @@ def rows(found: Mapping[str, Any], *, operators: bool = False) -> list[Row]:
     inner = _nested(found["branches"])
     hidden = {name for names in inner.values() for name in names}
     nodes = {o["name"]: o for o in found["operators"]} if operators else {}
+    every = {o["name"]: o for o in found["operators"]}
     made: list[Row] = []
     for block in found["blocks"]:
+        if not any(name in branches for name in block["members"]):
+            made += _turn(block, every)
+            continue
         members = [name for name in block["members"] if name not in hidden]
         alone = len(block["members"]) == 1
         if not alone and members:
@@ -73,6 +77,15 @@ def rows(found: Mapping[str, Any], *, operators: bool = False) -> list[Row]:
             made += _branch(branches, inner, nodes, name, "" if alone else block["name"], 0 if alone else 1)
     made += _outside(found, branches)
     return made
+
+
+def _turn(block: Part, operators: Mapping[str, Part]) -> Iterator[Row]:
+    """A block that holds no branches, and its products."""
+    held = [operators[name] for name in block["members"] if name in operators]
+    yield _row(block, block["name"], 0, "block", block["members"], strong=True)
+    for operator in held:
+        if operator["kind"] in PRODUCTS and operator["parameters"]:
+            yield _operator(operator, 1, block["name"])
 
 
 def _branch(
@@ -135,12 +148,13 @@ def worst(row: Row, scores: Scores | None) -> str | None:
 
 def _outside(found: Mapping[str, Any], branches: Mapping[str, Part]) -> Iterator[Row]:
     inside = {n for b in branches.values() for n in b["members"]}
+    inside |= {n for b in found["blocks"] for n in b["members"] if n not in branches}
     rest = [o for o in found["operators"] if o["name"] not in inside]
     if not rest:
         return
-    level, most = (1, SHOWN) if branches else (0, SHOWN_ALONE)
-    if branches:
-        yield _sum(rest, f"in no branch ({len(rest)})", 0, strong=True)
+    level, most = (1, SHOWN) if inside else (0, SHOWN_ALONE)
+    if inside:
+        yield _sum(rest, f"in no {'branch' if branches else 'block'} ({len(rest)})", 0, strong=True)
     weighted = [o for o in rest if o["parameters"]]
     products = [o for o in weighted if o["kind"] in PRODUCTS or o["metrics"]]
     chosen = {id(o) for o in sorted(products, key=_weight, reverse=True)[:most]}
