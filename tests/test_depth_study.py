@@ -89,8 +89,10 @@ def _model(before: float, after: float) -> dict[str, Any]:
     return {**named, "original": {"report": 0.9}, "rows": [row]}
 
 
-def test_the_summary_is_the_geometric_mean_of_ratios() -> None:
-    text = "\n".join(summary([_model(0.04, 0.02), _model(0.04, 0.01), _model(0.04, -0.01)], 0.2))
+def test_the_summary_is_the_geometric_mean_of_ratios_to_the_better_order() -> None:
+    worse = _model(0.04, 0.02)
+    worse["rows"][0]["unrepaired"]["damage"] = 0.4
+    text = "\n".join(summary([worse, _model(0.04, 0.01), _model(0.04, -0.01)], 0.2))
     assert f"damage, 2 models: {math.sqrt(0.5 * 0.25):.2f}" in text
     assert "1 of 5" in text
 

@@ -54,15 +54,18 @@ def tables(models: Sequence[Model]) -> Iterator[str]:
 
 
 def summary(models: Sequence[Model], share: float) -> Iterator[str]:
-    """Damage with repair over damage without, of the same branches, at ``share`` of the branches."""
-    pairs = {"divergence": [], "damage": []}  # type: dict[str, list[float]]
+    """Damage with repair over damage without, at ``share`` of the branches.
+
+    Without repair is the better of both orders, in each measure by itself.
+    """
+    pairs: dict[str, list[float]] = {"divergence": [], "damage": []}
     yield "| model | gone | divergence | with repair | ratio | damage | with repair | ratio |"
     yield "| - | - | - | - | - | - | - | - |"
     for model in models:
         row = _row_at(model, share)
         cells = [model["model"], f"{row['removed']} of {model['branches']}"]
         for key, found in pairs.items():
-            before, after = row["unrepaired"][key], row["repaired"][key]
+            before, after = min(row[w][key] for w in ("drop", "unrepaired")), row["repaired"][key]
             ratio = _ratio(before, after)
             cells += [f"{before:.4g}", f"{after:.4g}", "-" if ratio is None else f"{ratio:.2f}"]
             found += [] if ratio is None else [ratio]
