@@ -23,6 +23,10 @@ def lamina() -> Work:
     import onnxscript.rewriter  # noqa: F401
 
     from lamina.folding import run_fold
+    from lamina.passes.fold import FOLDS, load
+
+    for name in FOLDS:
+        load(name)
 
     def work(source: str, output: str) -> dict[str, Any]:
         result = run_fold(source)
