@@ -69,7 +69,7 @@ def cheapest_merges(count: int, latency: Mapping[Span, float]) -> dict[Span, tup
     best: dict[Span, tuple[float, tuple[Span, ...]]] = {}
     for i in range(count):
         for j in range(i, count):
-            ways = [(latency.get((i, j), inf), ((i, j),))]
+            ways: list[tuple[float, tuple[Span, ...]]] = [(latency.get((i, j), inf), ((i, j),))]
             for m in range(i, j):
                 if (i, m) in best and (m + 1, j) in latency:
                     before, merges = best[i, m]
