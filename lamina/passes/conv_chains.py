@@ -44,21 +44,40 @@ class ConvChain:
     reads: str
     makes: str
 
-    def merged(self, first: int, last: int) -> ConvForm:
-        """Convolutions ``first`` to ``last`` as one, the activations between them dropped."""
-        form = self.forms[first]
-        for index in range(first + 1, last + 1):
-            affine = self.affines[index - 1]
-            form = compose(form if affine is None else scaled(form, *affine), self.forms[index])
+    def skippable(self, index: int) -> bool:
+        """Whether a convolution may be dropped: it makes what it reads, in channels and positions."""
+        shape = self.forms[index].shape
+        pads = [a + b for a, b in zip(shape.begins, shape.ends, strict=True)]
+        same = shape.out == shape.width * shape.group
+        return same and all(s == 1 for s in shape.strides) and tuple(pads) == shape.reach
+
+    def merged(self, first: int, last: int, without: Collection[int] = ()) -> ConvForm | None:
+        """Convolutions ``first`` to ``last`` as one, the activations between them dropped.
+
+        Args:
+            first: The first one.
+            last: The last one.
+            without: Those that are dropped, with the batch normalization behind them.
+
+        Returns:
+            The one; None where all are dropped.
+        """
+        form: ConvForm | None = None
+        for index in (i for i in range(first, last + 1) if i not in without):
+            form = self.forms[index] if form is None else compose(form, self.forms[index])
+            affine = self.affines[index] if index < last else None
+            form = form if affine is None else scaled(form, *affine)
         return form
 
-    def shape(self, first: int, last: int) -> ConvShape:
+    def shape(self, first: int, last: int, without: Collection[int] = ()) -> ConvShape | None:
         """The shape of :meth:`merged`; costs nothing."""
-        shape = self.forms[first].shape
-        for index in range(first + 1, last + 1):
-            affine = self.affines[index - 1]
-            shifts = shape.biased if affine is None else bool(np.any(affine[1])) or shape.biased
-            shape = compose_shapes(replace(shape, biased=shifts), self.forms[index].shape)
+        shape: ConvShape | None = None
+        for index in (i for i in range(first, last + 1) if i not in without):
+            own = self.forms[index].shape
+            shape = own if shape is None else compose_shapes(shape, own)
+            affine = self.affines[index] if index < last else None
+            if affine is not None and bool(np.any(affine[1])):
+                shape = replace(shape, biased=True)
         return shape
 
     def part(self, first: int, last: int) -> ConvChain:

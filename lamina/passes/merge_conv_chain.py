@@ -69,7 +69,7 @@ class MergeConvChain(Transform):
                 if not ways:
                     yield Refusal(self.name, part.convs[0], why)
                     continue
-                yield _site(part, nodes)
+                yield chain_site(part, nodes)
         for name, reason in refused.items():
             yield Refusal(self.name, name, reason)
 
@@ -98,11 +98,12 @@ class MergeConvChain(Transform):
         value = nodes[part.convs[0]].inputs[0]
         if value is None:
             raise PassError(f"convolution '{part.convs[0]}' lost its input")
-        segments = [tuple(s) for s in option.parameters["segments"]]
-        for first, last in segments:
+        without = frozenset(option.parameters.get("without", ()))
+        for first, last in option.parameters["segments"]:
             made = nodes[part.convs[last]]
-            if first < last:
-                value = _merged(part.merged(first, last), value, made, rewriter)
+            if first < last or first in without:
+                form = part.merged(first, last, without)
+                value = value if form is None else _merged(form, value, made, rewriter)
             else:
                 value = _copied(made, value, rewriter)
             if last < len(part.convs) - 1:
@@ -139,7 +140,7 @@ class MergeConvChain(Transform):
         for segments in partitions(len(part.convs)):
             if len(segments) == len(part.convs):
                 continue
-            shapes = [part.shape(a, b) for a, b in segments]
+            shapes = [s for a, b in segments if (s := part.shape(a, b)) is not None]
             share = sum(_macs(part, segments, shapes)) / max(now, 1e-300)
             edges = any(shape.edges for shape in shapes)
             if share > self.growth:
@@ -170,7 +171,8 @@ def _macs(
 # -- sites and nodes ----------------------------------------------------------------------------------
 
 
-def _site(part: ConvChain, nodes: Mapping[str | None, ir.Node]) -> Site:
+def chain_site(part: ConvChain, nodes: Mapping[str | None, ir.Node]) -> Site:
+    """The site of a chain, or of a part of one; ``nodes`` are the program's, by name."""
     names = [part.convs[0]]
     for between, conv in zip(part.between, part.convs[1:], strict=True):
         names += [*between, conv]

@@ -235,7 +235,6 @@ def additive_unet_drop(evidence: DropEvidence) -> Iterator[DropSet]:
 
 # A third party calls its own rule by handing it to the planner's `DropSeeds`.
 RULES: tuple[Rule, ...] = (
-    Rule("balanced-skip", "Liu et al. 2024, arXiv:2404.06954", balanced_skip, None),
     Rule("joint-branch-drop", "He et al. 2024, arXiv:2406.15786", joint_branch_drop, "statistics"),
     Rule("attention-first", "He et al. 2024, arXiv:2406.15786", attention_first, "statistics"),
     Rule(
@@ -245,6 +244,7 @@ RULES: tuple[Rule, ...] = (
         "statistics",
     ),
     Rule("static-skip-map", "Skip to the Good Part", static_skip_map, "statistics"),
+    Rule("balanced-skip", "Liu et al. 2024, arXiv:2404.06954", balanced_skip, None),
     Rule("subgraph-drop", "Yang et al. 2025, arXiv:2506.10100", subgraph_drop, "statistics"),
     Rule("relative-contribution", "Csordas et al. 2025", ranked("relative-contribution"), "statistics"),
     Rule(

@@ -13,8 +13,10 @@ from lamina.planner.drop_rules import Rule
 from lamina.planner.search import Candidate, Search
 from lamina.planner.space import Genome, Space
 
-# Share of the search's time after which no more plans of rules are measured, where the search goes on.
+# Share of the search's time by which plans of rules are measured, where the search goes on; and what they get
+# at least, however long the seeds before them took.
 SHARE = 0.5
+_LEAST_SHARE = 0.3
 # Plans past the last feasible one that a greedy rule still makes: damage does not only grow.
 _PATIENCE = 2
 
@@ -41,7 +43,7 @@ class DropSeeds:
         rules: The rules.
         evidence: What they go by.
         space: The search space; branches without a drop there make their sets unusable.
-        share: Share of the search's time after which no more is measured.
+        share: Share of the search's time after which no more is measured; at least 0.3 of it are theirs.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class DropSeeds:
     ) -> None:
         self.evidence, self.space, self.share = evidence, space, share
         self.walks = [_Walk(rule) for rule in rules]
+        self._until = float("inf")
         self._place = {
             choice.site.name: (i, [o.name for o in choice.options].index("drop") + 1)
             for i, choice in enumerate(space.choices)
@@ -57,11 +60,15 @@ class DropSeeds:
 
     def __call__(self, search: Search) -> None:
         """Measure what the rules propose for the search's goal."""
+        self._until = search.seconds * max(self.share, search.elapsed() / search.seconds + _LEAST_SHARE)
         for walk in self.walks:
             try:
                 self._walk(walk, search)
             except LaminaError as error:  # a rule that cannot work here costs its plans, not the run
                 walk.ended = error.what
+                continue
+            if not walk.measured and not walk.ended:
+                walk.ended = "no plan gains more than the best one" if walk.sets else "it proposes nothing"
 
     def report(self) -> list[dict[str, Any]]:
         """Per rule: how many of its plans were measured, the best that met the goal, and why it ended."""
@@ -123,7 +130,7 @@ class DropSeeds:
         low, high = -1, len(genomes)
         while high - low > 1:
             middle = (low + high) // 2
-            if self._measure(walk, genomes[middle], search):
+            if self._beaten(genomes[middle], search) or self._measure(walk, genomes[middle], search):
                 low = middle
             else:
                 high = middle
@@ -137,7 +144,7 @@ class DropSeeds:
             genome = self.genome(names)
             if genome is None:
                 return
-            if not _affordable(genome, search):
+            if not _affordable(genome, search) or self._beaten(genome, search):
                 continue
             good = self._measure(walk, genome, search)
             misses = 0 if good and search.goal.minimize != "damage" else misses + 1
@@ -168,8 +175,20 @@ class DropSeeds:
             walk.best = candidate
         return True
 
+    @staticmethod
+    def _beaten(genome: Genome, search: Search) -> bool:
+        """Whether a plan would gain less than the best one that was measured, as predicted.
+
+        Going on to sets with more branches is then right whatever its damage: were that too large, the
+        smaller sets that remain would gain still less.
+        """
+        best, goal = search.best(), search.goal
+        if best is None or goal.minimize == "damage" or genome in search.archive:
+            return False
+        return search.costs.predict(genome)[goal.minimize] >= best.objective(goal)
+
     def _late(self, walk: _Walk, search: Search) -> bool:
-        if search.elapsed() > self.share * search.seconds:
+        if search.elapsed() > self._until:
             walk.ended = "out of time"
             return True
         return False
