@@ -147,6 +147,7 @@ def test_few_culprits_cost_few_trials():
 def proven(monkeypatch: pytest.MonkeyPatch, apply: Any) -> tuple[Folded, list[dict[str, str]]]:
     """What the driver makes of a fold whose ``apply`` is wrong."""
     monkeypatch.setattr(EliminateIdentities, "apply", apply)
+    monkeypatch.setattr(EliminateIdentities, "wants", ())
     monkeypatch.setattr(EliminateIdentities, "idle", lambda self, model: False)
     program = capture(tiny_model())
     request: Any = SimpleNamespace(program=program, progress=None)

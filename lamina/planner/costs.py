@@ -85,12 +85,12 @@ class Costs:
             for i, c in enumerate(self.space.choices)
         ]
         stay = [i for i, options in enumerate(kept) if options]
-        position = {old: new for new, old in enumerate(stay)}
+        position: dict[int | None, int] = {old: new for new, old in enumerate(stay)}
         choices = tuple(
             replace(
                 self.space.choices[i],
                 options=tuple(self.space.choices[i].options[k] for k in kept[i]),
-                parent=None if (p := self.space.choices[i].parent) is None else position[p],
+                parent=position.get(self._parent_among(i, position)),
             )
             for i in stay
         )
@@ -106,6 +106,13 @@ class Costs:
         ]
         share = [self.share[i] for i in stay]
         return Costs(replace(self.space, choices=choices), self.base, delta, share, borders)
+
+    def _parent_among(self, index: int, stay: Collection[int | None]) -> int | None:
+        """The innermost choice of ``stay`` that holds this one; those between hold nothing any more."""
+        parent = self.space.choices[index].parent
+        while parent is not None and parent not in stay:
+            parent = self.space.choices[parent].parent
+        return parent
 
     def _useful(self, index: int, gene: int, axes: Collection[str]) -> bool:
         choice = self.space.choices[index]

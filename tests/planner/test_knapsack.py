@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,3 +84,13 @@ def test_restrict_keeps_what_can_help_only() -> None:
     kept = costs.restrict({"latency"})
     assert [[o.name for o in c.options] for c in kept.space.choices] == [["o0"]]
     assert kept.predict((1,))["latency"] == pytest.approx(0.8)
+
+
+def test_restrict_hangs_choices_on_the_next_holder_that_stays() -> None:
+    plain = [replace(plain_choice(i, [("float", "float")]), parent=i - 1 if i else None) for i in range(3)]
+    costs, _ = random_costs(Space(toy_program(), tuple(plain)), 0)
+    for index, change in enumerate((-0.2, 0.3, -0.1)):
+        costs.delta["latency"][index][:] = [change]  # type: ignore[index]
+    assert [c.parent for c in costs.restrict({"latency"}).space.choices] == [None, 0]
+    costs.delta["latency"][0][:] = [0.3]  # type: ignore[index]
+    assert [c.parent for c in costs.restrict({"latency"}).space.choices] == [None]
