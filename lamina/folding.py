@@ -17,14 +17,13 @@ import onnx_ir as ir
 from lamina.backends import get_backend
 from lamina.backends.backend import Backend, Target, Workload
 from lamina.data import Dataset, load_data
-from lamina.errors import OutputError
+from lamina.errors import OutputError, VerificationError
 from lamina.ir.capture import capture
 from lamina.ir.collector import collector_paused
 from lamina.ir.fix_shapes import fix_shapes
 from lamina.ir.io import save_model, serialized_size
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewrite
-from lamina.ir.verify import check as check_model
 from lamina.passes.fold import FOLDS
 from lamina.passes.fold import fold as fold_program
 from lamina.passes.fold.catalog import canonical, load
@@ -238,7 +237,7 @@ class _Job:
     progress: Progress
 
     def proven(self, make: Callable[[tuple[str, ...]], FoldResult]) -> FoldResult:
-        """Fold and run; a pass that changes the function is left out and folding starts again."""
+        """Fold, run, verify; a pass that breaks something is left out and folding starts again."""
         oracle = Oracle(self.program, self.dataset)
         banned: dict[str, str] = {}
         while True:
@@ -246,10 +245,12 @@ class _Job:
                 result = make(tuple(banned))
             with self.progress.stage("check"):
                 check = oracle.check(result.program)
-                if check.equal is False and result.names:
-                    banned[oracle.culprit(result.names)] = check.reason or "the outputs differ"
+                fault = oracle.fault(result.program, check)
+                if fault is not None and result.names:
+                    banned[oracle.culprit(result.names)] = fault
                     continue
-                check_model(result.program)
+            if fault is not None and check.equal is not False:
+                raise VerificationError(fault, advice="this is a bug in lamina: report it with the model")
             break
         left_out = tuple({"pass": load(n).name, "reason": reason} for n, reason in banned.items())
         seconds = dict(self.progress.seconds)

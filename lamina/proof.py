@@ -10,8 +10,9 @@ from lamina.backends.backend import Executable, Target
 from lamina.comparison.running import Trial, run_both, summarize, trials
 from lamina.comparison.structure import differing_interface, random_nodes
 from lamina.data import Dataset
-from lamina.errors import BackendError, LaminaError
+from lamina.errors import BackendError, LaminaError, VerificationError
 from lamina.ir.program import Program
+from lamina.ir.verify import check as check_model
 from lamina.passes.fold import apply_named
 
 # Every optimization off: what runs is what the file says.
@@ -83,15 +84,26 @@ class Oracle:
         worst = max(f.max_rel for f in found)
         return Check(not wrong, tally.samples, worst, wrong[0] if wrong else None)
 
-    def culprit(self, names: Sequence[str]) -> str:
-        """The pass out of ``names``, which together change the function, after which it is changed.
+    def fault(self, other: Program, check: Check) -> str | None:
+        """Why ``other`` must not ship: its function, by ``check``, or else what the checker says of it."""
+        if check.equal is False:
+            return check.reason or "the outputs differ"
+        try:
+            check_model(other)
+        except VerificationError as error:
+            return error.what
+        return None
 
-        Bisection: the passes before it keep the function, those up to it do not.
+    def culprit(self, names: Sequence[str]) -> str:
+        """The pass out of ``names``, which together have a :meth:`fault`, after which there is one.
+
+        Bisection: the passes before it leave none.
         """
         low, high = 0, len(names)
         while high - low > 1:
             middle = (low + high) // 2
-            if self.check(apply_named(self._program, names[:middle])).equal is False:
+            program = apply_named(self._program, names[:middle])
+            if self.fault(program, self.check(program)) is not None:
                 high = middle
             else:
                 low = middle

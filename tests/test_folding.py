@@ -17,6 +17,7 @@ import lamina
 from lamina.cli import main
 from lamina.errors import DataError, OutputError, PassError
 from lamina.folding import run_fold
+from lamina.ir import verify
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold import catalog, pipeline
 from lamina.passes.pass_ import Exact, Fold
@@ -187,6 +188,28 @@ def test_a_pass_that_changes_the_function_is_named_and_left_out():
     operators = {n.op_type for n in found.program.graph}
     assert "Relu" in operators
     assert "Tanh" not in operators
+
+
+class Misshaped(Wrong):
+    """A pass that keeps the function and states a shape that is not there."""
+
+    def apply(self, rewriter: Rewriter) -> None:
+        for node in list(rewriter.graph):
+            inner = [v for v in node.outputs if not v.is_graph_output() and v.shape is not None]
+            if inner:
+                inner[0].shape = ir.Shape([7, *inner[0].shape])
+                rewriter.record("wrong", node.name or "", "a shape too long")
+                return
+
+
+@pytest.mark.usefixtures("wrong_pass")
+def test_a_pass_that_states_a_wrong_shape_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "Wrong", Misshaped)
+    found = run_fold(messy())
+    assert found.check.equal
+    assert [entry["pass"] for entry in found.undone] == ["wrong"]
+    assert "has shape [7" in found.undone[0]["reason"]
+    verify.check(found.program)  # does not raise
 
 
 def test_random_operators_are_not_compared():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -12,8 +12,10 @@ from lamina.analysis.instrument import feeds_of
 from lamina.analysis.metrics import FORWARD_METRICS
 from lamina.analysis.needs import union
 from lamina.analysis.profile import ProfileResult, profile
+from lamina.analysis.roofline import crossing_bytes, intensity, position, roof_share
 from lamina.analysis.statistics import BranchProbe, Statistics, collect
 from lamina.backends.backend import Target, Workload
+from lamina.backends.roof import Roof, roof
 from lamina.data import Dataset
 from lamina.ir.branches import Block, Branch, BranchesResult, find_branches
 from lamina.ir.program import Program
@@ -29,6 +31,13 @@ class PartResult(TypedDict):
         kind: What it is: ``attention``, ``mlp``, ``conv``, ...; ``block``; an operator type.
         parameters: Weight elements of its own.
         flops: Operations for the inputs looked at.
+        macs: Multiply-adds among them.
+        bytes_moved: Sum over its operators of what each reads and writes, weights included.
+        bytes_crossing: What crosses its border: the least it moves if all of it is fused.
+        intensity: FLOP/byte, of what its operators move; None where nothing moves.
+        bound: ``compute`` or ``memory``, under the target's measured roof; None without a target.
+        roof_share: Attainable over measured time (:func:`lamina.analysis.roofline.roof_share`); None where
+            not timed.
         latency_s: Seconds a run in ONNX Runtime's profiler; None where not timed.
         metrics: Metric name -> value; empty without data.
         members: Branches of a block, nodes of a branch.
@@ -38,6 +47,12 @@ class PartResult(TypedDict):
     kind: str
     parameters: int
     flops: int
+    macs: int
+    bytes_moved: int
+    bytes_crossing: int
+    intensity: float | None
+    bound: str | None
+    roof_share: float | None
     latency_s: float | None
     metrics: dict[str, float]
     members: list[str]
@@ -96,22 +111,14 @@ def analyze(
     if dataset is not None:
         statistics = collect(program, dataset, branches=_probes(found), needs=union(FORWARD_METRICS))
     rated = _rated(program, statistics)
-    by_name = {o.name: o for o in costs.operators}
+    parts = _Parts(program, costs, times, roof(target) if target is not None and timed else None)
     operators = [
-        _part(
-            o.name,
-            o.kind,
-            o.parameters,
-            o.flops,
-            _time(times, [o.name]),
-            rated.get(("operator", o.name), {}),
-            [],
-        )
+        parts.part(o.name, o.kind, o.parameters, [o.name], rated.get(("operator", o.name), {}), [])
         for o in costs.operators
     ]
-    branches = [_branch(b, {n: by_name[n].flops for n in b.nodes}, times, rated) for b in found.branches]
-    parts = {part["name"]: part for part in branches}
-    blocks = [_block(b, [parts[n] for n in b.branches], rated) for b in found.blocks]
+    branches = [_branch(b, parts, rated) for b in found.branches]
+    by_name = {b.name: (b, part) for b, part in zip(found.branches, branches, strict=True)}
+    blocks = [_block(b, [by_name[n] for n in b.branches], parts, rated) for b in found.blocks]
     totals = _totals(costs, times)
     return AnalysisResult(
         blocks=blocks,
@@ -147,50 +154,65 @@ def _block_key(block: Block) -> str:
     return f"block {block.name}"
 
 
-def _branch(
-    branch: Branch, flops: Mapping[str, int], times: ProfileResult | None, rated: _Rated
+class _Parts:
+    """Puts together what is known of parts of one program."""
+
+    def __init__(
+        self, program: Program, costs: CostResult, times: ProfileResult | None, roof: Roof | None
+    ) -> None:
+        self._nodes = {n.name: n for n in program.graph if n.name}
+        self._costs = {o.name: o for o in costs.operators}
+        self._tensors, self._times, self._roof = costs.tensors, times, roof
+
+    def part(
+        self,
+        name: str,
+        kind: str,
+        parameters: int,
+        nodes: Sequence[str],
+        metrics: dict[str, float],
+        members: list[str],
+        *,
+        joins: Iterable[str] = (),
+    ) -> PartResult:
+        """One part made of ``nodes``; ``joins`` are sums between them that a fused kernel would hold too."""
+        costs = [self._costs[n] for n in nodes]
+        flops, moved = sum(c.flops for c in costs), sum(c.bytes_moved for c in costs)
+        place = position([(c.flops, c.bytes_moved) for c in costs], self._roof) if self._roof else None
+        latency = _time(self._times, nodes)
+        return PartResult(
+            name=name,
+            kind=kind,
+            parameters=parameters,
+            flops=flops,
+            macs=sum(c.macs for c in costs),
+            bytes_moved=moved,
+            bytes_crossing=crossing_bytes([self._nodes[n] for n in (*nodes, *joins)], self._tensors),
+            intensity=intensity(flops, moved),
+            bound=None if place is None else place.bound,
+            roof_share=roof_share(place, latency),
+            latency_s=latency,
+            metrics=metrics,
+            members=members,
+        )
+
+
+def _branch(branch: Branch, parts: _Parts, rated: _Rated) -> PartResult:
+    metrics = rated.get(("depth", branch.name), {}) | rated.get(("branch", branch.name), {})
+    return parts.part(branch.name, branch.kind, branch.parameters, branch.nodes, metrics, list(branch.nodes))
+
+
+def _block(
+    block: Block, branches: list[tuple[Branch, PartResult]], parts: _Parts, rated: _Rated
 ) -> PartResult:
-    return _part(
-        branch.name,
-        branch.kind,
-        branch.parameters,
-        sum(flops.values()),
-        _time(times, branch.nodes),
-        rated.get(("depth", branch.name), {}) | rated.get(("branch", branch.name), {}),
-        list(branch.nodes),
-    )
-
-
-def _block(block: Block, parts: list[PartResult], rated: _Rated) -> PartResult:
-    seconds = [p["latency_s"] for p in parts if p["latency_s"] is not None]
-    return _part(
+    return parts.part(
         block.name,
         "block",
-        sum(p["parameters"] for p in parts),
-        sum(p["flops"] for p in parts),
-        sum(seconds) if seconds else None,
+        sum(part["parameters"] for _, part in branches),
+        [n for branch, _ in branches for n in branch.nodes],
         rated.get(("branch", _block_key(block)), {}),
         list(block.branches),
-    )
-
-
-def _part(
-    name: str,
-    kind: str,
-    parameters: int,
-    flops: int,
-    latency_s: float | None,
-    metrics: dict[str, float],
-    members: list[str],
-) -> PartResult:
-    return PartResult(
-        name=name,
-        kind=kind,
-        parameters=parameters,
-        flops=flops,
-        latency_s=latency_s,
-        metrics=metrics,
-        members=members,
+        joins=[branch.add for branch, _ in branches],
     )
 
 
@@ -215,6 +237,7 @@ def _totals(costs: CostResult, times: ProfileResult | None) -> dict[str, float]:
     totals: dict[str, float] = {
         "flops": costs.flops,
         "macs": costs.macs,
+        "bytes_moved": costs.bytes_moved,
         "parameters": costs.parameters,
         "weight_bytes": costs.weight_bytes,
         "peak_activation_bytes": costs.peak_activation_bytes,

@@ -17,6 +17,7 @@ from lamina.analysis.operators import WeightedOperator, weighted_operators
 from lamina.analysis.residual import BranchAccumulator, BranchProbe, BranchTap, add_voids
 from lamina.analysis.sampling import BatchView
 from lamina.analysis.taps import Taps
+from lamina.analysis.views import ViewAccumulator
 from lamina.data import Dataset
 from lamina.errors import DataError
 from lamina.ir.program import Program
@@ -58,10 +59,13 @@ class Collector:
         if needs & {Need.LENGTHS, Need.EXAMPLES}:
             self._tap_branches(taps, branches, rows, looks.pixels)
         if Need.EXAMPLES in needs:
-            self._examples = ExampleAccumulator([b.tap for b in self._branches], looks.examples)
+            self._examples = ExampleAccumulator(self._branches, looks.examples)
         if needs & _OF_DEPTHS:
             self._depths = DepthAccumulator(taps, depths_of(branches), needs, rows, looks.pixels)
             self.skipped |= self._depths.skipped
+        self._views: ViewAccumulator | None = None
+        if Need.VIEWS in needs:
+            self._views = ViewAccumulator(taps, depths_of(branches), rows, looks.pixels)
         if Need.ATTENTION in needs:
             softmaxes = {
                 n.name or "": n.outputs[0].name or "" for n in program.graph if n.op_type == "Softmax"
@@ -103,7 +107,7 @@ class Collector:
         for branch in self._branches:
             branch.add(values, view)
         add_voids(self._branches, view)
-        for part in (self._depths, self._attention, self._inputs, self._examples):
+        for part in (self._depths, self._views, self._attention, self._inputs, self._examples):
             if part is not None:
                 part.add(values, view)
 
@@ -117,6 +121,8 @@ class Collector:
         }
         if self._depths is not None:
             found["depths"] = self._depths.result()
+        if self._views is not None:
+            found["views"] = self._views.result()
         if self._attention is not None:
             found["attention"] = self._attention.result()
         if self._inputs is not None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
 
 from lamina.analysis.flops import Tensors, count_operations
+from lamina.analysis.roofline import VIEWS, operator_bytes, tensor_bytes
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
-
-# Operators whose output shares the memory of their first input.
-_VIEWS = frozenset(("Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Dropout"))
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,8 @@ class OperatorCost:
         parameters: Elements of the trained weights it reads (a shared weight counts at each reader).
         weight_bytes: Their stored bytes.
         activation_bytes: Bytes of activations it reads and writes.
+        bytes_moved: What it reads and writes, weights included, when nothing is fused
+            (:func:`lamina.analysis.roofline.operator_bytes`): a view moves nothing, Gather the rows it takes.
     """
 
     name: str
@@ -37,6 +37,7 @@ class OperatorCost:
     parameters: int
     weight_bytes: int
     activation_bytes: int
+    bytes_moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class CostResult:
             that works in place or fuses needs less.
         operators: One entry a node, in order.
         estimated: Operator types without a rule, counted as one operation an output element.
+        tensors: Shape and dtype of every tensor of the run that was counted.
     """
 
     flops: int
@@ -62,6 +64,12 @@ class CostResult:
     peak_activation_bytes: int
     operators: tuple[OperatorCost, ...]
     estimated: tuple[str, ...] = ()
+    tensors: Tensors = field(default_factory=dict, repr=False)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Sum over operators."""
+        return sum(o.bytes_moved for o in self.operators)
 
 
 def cost(program: Program, feeds: Mapping[str, np.ndarray]) -> CostResult:
@@ -93,6 +101,7 @@ def cost(program: Program, feeds: Mapping[str, np.ndarray]) -> CostResult:
         peak_activation_bytes=_peak(program.graph, tensors),
         operators=tuple(operators),
         estimated=tuple(sorted(estimated)),
+        tensors=tensors,
     )
 
 
@@ -145,15 +154,9 @@ def _operator(
         macs=macs,
         parameters=sum(_size(v) for v in own),
         weight_bytes=sum(_bytes(v) for v in own),
-        activation_bytes=sum(_tensor_bytes(n, tensors) for n in moved),
+        activation_bytes=sum(tensor_bytes(n, tensors) for n in moved),
+        bytes_moved=operator_bytes(node, tensors),
     )
-
-
-def _tensor_bytes(name: str, tensors: Tensors) -> int:
-    if name not in tensors:
-        return 0
-    shape, dtype = tensors[name]
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
 
 
 def _peak(graph: ir.Graph, tensors: Tensors) -> int:
@@ -162,7 +165,7 @@ def _peak(graph: ir.Graph, tensors: Tensors) -> int:
     last: dict[ir.Value, int] = {}
     nodes = list(graph)
     for step, node in enumerate(nodes):
-        if node.op_type in _VIEWS and node.inputs and node.inputs[0] is not None:
+        if node.op_type in VIEWS and node.inputs and node.inputs[0] is not None:
             source = node.inputs[0]
             owner[node.outputs[0]] = owner.get(source, source)
         for value in _reads(node):
@@ -175,12 +178,12 @@ def _peak(graph: ir.Graph, tensors: Tensors) -> int:
     ends: dict[int, list[ir.Value]] = {}
     for value, step in last.items():
         ends.setdefault(step, []).append(value)
-    alive = sum(_tensor_bytes(v.name or "", tensors) for v in graph.inputs if v not in weights)
+    alive = sum(tensor_bytes(v.name or "", tensors) for v in graph.inputs if v not in weights)
     peak = alive
     for step, node in enumerate(nodes):
-        alive += sum(_tensor_bytes(v.name or "", tensors) for v in node.outputs if v not in owner)
+        alive += sum(tensor_bytes(v.name or "", tensors) for v in node.outputs if v not in owner)
         peak = max(peak, alive)
-        alive -= sum(_tensor_bytes(v.name or "", tensors) for v in ends.get(step, ()) if v not in weights)
+        alive -= sum(tensor_bytes(v.name or "", tensors) for v in ends.get(step, ()) if v not in weights)
     return peak
 
 

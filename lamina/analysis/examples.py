@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lamina.analysis.residual import BranchTap
+from lamina.analysis.residual import BranchAccumulator
 from lamina.analysis.sampling import BatchView
 
 
@@ -14,17 +14,17 @@ class ExampleAccumulator:
     """Keeps the mean length of each branch's sums, example by example, up to a number of examples.
 
     Args:
-        taps: The branches; those whose first axis does not number samples are left out.
+        branches: They take in each batch first; those whose first axis does not number samples are left out.
         most: Examples kept.
     """
 
-    def __init__(self, taps: Sequence[BranchTap], most: int) -> None:
-        usable = [t for t in taps if t.probe.depth and t.layout.sampled]
+    def __init__(self, branches: Sequence[BranchAccumulator], most: int) -> None:
+        usable = [b for b in branches if b.tap.probe.depth and b.tap.layout.sampled]
         # one set of rows for all: images are looked at in other rows than token streams
-        self._kind = usable[-1].layout.kind if usable else "tokens"
-        self._taps = [t for t in usable if t.layout.kind == self._kind]
+        self._kind = usable[-1].tap.layout.kind if usable else "tokens"
+        self._branches = [b for b in usable if b.tap.layout.kind == self._kind]
         self._most = most
-        self._lengths: dict[str, list[np.ndarray]] = {t.probe.name: [] for t in self._taps}
+        self._lengths: dict[str, list[np.ndarray]] = {b.tap.probe.name: [] for b in self._branches}
         self._rows: list[np.ndarray] = []
 
     def add(self, values: Mapping[str, np.ndarray], view: BatchView) -> None:
@@ -39,11 +39,12 @@ class ExampleAccumulator:
         if not share:
             return
         chosen = (np.arange(share) * 2 + 1) * len(rows) // (2 * share)
-        for tap in self._taps:
-            lengths = tap.lengths(values)[2]
+        for branch in self._branches:
+            lengths = branch.lengths
+            assert lengths is not None
             kept = view.kept(*lengths.shape)
             mean = (lengths * kept).sum(axis=1) / np.maximum(kept.sum(axis=1), 1)
-            self._lengths[tap.probe.name].append(mean[chosen].astype(np.float32))
+            self._lengths[branch.tap.probe.name].append(mean[chosen].astype(np.float32))
         self._rows.append(view.start + rows[chosen])
 
     def result(self) -> tuple[dict[str, np.ndarray], np.ndarray]:

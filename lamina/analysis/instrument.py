@@ -39,6 +39,7 @@ class InstrumentedSession:
         threads: Intra-operator threads; all available cores when None.
         faithful: Forbid fusions that compute in fewer bits than the program says.
         configure: Called with the session options before the session is made.
+        own: The program is nobody else's and may be changed; saves the clone.
 
     Raises:
         DataError: A name in ``values`` is no value of the main graph.
@@ -53,10 +54,11 @@ class InstrumentedSession:
         threads: int | None = None,
         faithful: bool = True,
         configure: Callable[[Any], None] | None = None,
+        own: bool = False,
     ) -> None:
         import onnxruntime as ort
 
-        model = program.model.clone()
+        model = program.model if own else program.model.clone()
         add_outputs(model, values, program.source)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or available_threads()

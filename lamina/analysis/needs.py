@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+# The mask that is found by itself: zero where a token is padding.
+DEFAULT_MASK = "attention_mask"
+
 
 class Need(Enum):
     """One streaming statistic. A run collects the union of what its metrics need and no more.
@@ -16,6 +19,7 @@ class Need(Enum):
         ANGLES: Cosines between any two depths at each sample's last token.
         TOKENS: The same few tokens at every depth, kept whole: moments, histograms, kernels, linear maps.
         SPECTRA: Eigenvalues of token Gram matrices and turning angles, of a few whole samples.
+        VIEWS: Mean vectors of two halves of the tokens of a few samples, at every depth.
         ATTENTION: Attention maps of a few samples, reduced to their ranks.
         INPUTS: Uncentred second moments of what each weighted operator reads, float64.
         EXAMPLES: Mean vector length of each example at each depth.
@@ -29,6 +33,7 @@ class Need(Enum):
     ANGLES = "angles"
     TOKENS = "tokens"
     SPECTRA = "spectra"
+    VIEWS = "views"
     ATTENTION = "attention"
     INPUTS = "inputs"
     EXAMPLES = "examples"
@@ -56,6 +61,7 @@ class Looks:
         patched_of: At most one sample of so many is.
         kept: Input vectors of each operator kept whole (for errors of activation quantizers).
         samples: Whole samples for spectra and attention maps.
+        views: Samples whose halves are compared with each other.
         images: Samples at which convolutional branches are looked at.
         pixels: Positions of an image that are looked at: an even lattice, or windows of a convolution.
         examples: Examples whose lengths are kept.
@@ -68,6 +74,7 @@ class Looks:
     patched_of: int = 16
     kept: int = 256
     samples: int = 8
+    views: int = 64
     images: int = 256
     pixels: int = 64
     examples: int = 4096

@@ -105,8 +105,7 @@ def patches(x: np.ndarray, operator: WeightedOperator, count: int) -> np.ndarray
     ]
     total = images * int(np.prod(space, dtype=np.int64))
     taken = max(0, min(count, total))
-    chosen = (np.arange(taken) * 2 + 1) * total // (2 * max(1, taken))
-    image, *places = np.unravel_index(chosen, (images, *space))
+    image, *places = np.unravel_index(evenly(taken, total), (images, *space))
     index, inside = [], np.ones((taken,) + (1,) * rank, dtype=bool)
     for axis, (size, window, stride, dilation, before) in enumerate(parts):
         spot = places[axis][:, None] * stride - before + dilation * np.arange(window)
@@ -120,6 +119,12 @@ def patches(x: np.ndarray, operator: WeightedOperator, count: int) -> np.ndarray
     picked = np.moveaxis(picked, -1, 1)
     width = int(np.prod(picked.shape[1:])) // operator.group  # -1 has no meaning where nothing is taken
     return np.ascontiguousarray(picked.reshape(taken, operator.group, width))
+
+
+def evenly(count: int, total: int) -> np.ndarray:
+    """``count`` evenly spaced places of ``total``, int64; all of them where there are fewer."""
+    taken = max(0, min(count, total))
+    return np.asarray((np.arange(taken) * 2 + 1) * total // (2 * max(1, taken)))
 
 
 def _value(program: Program, name: str) -> ir.Value | None:

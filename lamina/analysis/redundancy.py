@@ -45,8 +45,9 @@ def relative_contribution(statistics: Statistics) -> Mapping[str, float]:
 def angular_distance(statistics: Statistics) -> Mapping[str, float]:
     """``arccos(cos(x, x + f(x))) / pi`` of each branch at each sample's last token, mean over samples.
 
-    Range 0 to 1; higher = more important. Gromov et al. 2024, arXiv:2403.17887. The full matrix over any two
-    depths is ``statistics.depths.angles`` (:func:`angular_matrix`).
+    x, f(x): ``[samples, width]``. Range 0 to 1; higher = more important. Gromov et al. 2024,
+    arXiv:2403.17887. The full matrix over any two depths is ``statistics.depths.angles``
+    (:func:`angular_matrix`).
     """
     return {name: b.last_token_angle for name, b in statistics.branches.items()}
 
@@ -68,9 +69,10 @@ def angular_matrix(statistics: Statistics) -> tuple[tuple[str, ...], np.ndarray]
 def void_rate(statistics: Statistics) -> Mapping[str, float]:
     """Share of tokens at which a branch is void: ``d_l < 0.8 * (max_l d_l - min_l d_l)``.
 
-    ``d_l = L2(h_l) - L2(h_{l-1})``: how much the branch lengthens a token; the spread is over all branches
-    with the same tokens. Range 0 to 1; higher = more redundant. L2 adaptive computation, arXiv:2505.14467;
-    its use as a static share is ours. One number a phase: collect each phase apart.
+    ``d_l = L2(h_l) - L2(h_{l-1})``, h_l ``[tokens, width]``: how much the branch lengthens a token; the
+    spread is over all branches with the same tokens. Range 0 to 1; higher = more redundant. Void in language
+    models, Shemiranifar 2025, arXiv:2505.14467; its use as a static share is ours. One number a phase:
+    collect each phase apart.
     """
     return {name: b.void for name, b in statistics.branches.items() if not np.isnan(b.void)}
 
@@ -78,9 +80,9 @@ def void_rate(statistics: Statistics) -> Mapping[str, float]:
 def entropy_increase(statistics: Statistics) -> Mapping[str, float]:
     """``H(x_{l+1}) - H(x_l)`` of each depth to the next one.
 
-    H: entropy in nats of a histogram of all elements, 256 even bins over the smallest interval that holds
-    both depths. Range -ln 256 to ln 256; higher = more important. Entropy-based block pruning, Yang et al.
-    2025, arXiv:2504.03794; the estimator is ours, the abstract names none.
+    x_l: ``[n, d]``. H: entropy in nats of a histogram of all elements, 256 even bins over the smallest
+    interval that holds both depths. Range -ln 256 to ln 256; higher = more important. Entropy-based block
+    pruning, Yang et al. 2025, arXiv:2504.03794; the estimator is ours, the abstract names none.
     """
     found = {}
     tokens = statistics.depths.tokens
@@ -153,10 +155,32 @@ def representation_quality(statistics: Statistics) -> Mapping[str, float]:
 
     ``-sum_i p_i ln p_i``, ``p = eig(Z Z') / tr(Z Z')``, Z ``[t, d]`` the tokens of one sample. Range 0 to
     ln min(t, d); higher = tokens more spread out, which the paper finds good for embeddings. Layer by layer,
-    Skean et al. 2025, arXiv:2502.02013. The mean turning angle stands in ``depths.spectra`` beside it; the
-    InfoNCE term, which needs perturbed inputs, is left out.
+    Skean et al. 2025, arXiv:2502.02013. The paper's other two views of the same depth stand beside it:
+    :func:`representation_curvature` and :func:`representation_invariance`.
     """
     return {name: s.entropy for name, s in statistics.depths.spectra.items()}
+
+
+def representation_curvature(statistics: Statistics) -> Mapping[str, float]:
+    """Mean angle, over pi, between successive token differences at each depth, mean over samples.
+
+    ``arccos(cos(z_{t+1} - z_t, z_{t+2} - z_{t+1})) / pi``, z_t ``[d]``. Range 0 to 1; lower = the stream runs
+    straighter. Depths of images, which have no order, and of samples with fewer than three tokens are left
+    out. Skean et al. 2025, arXiv:2502.02013.
+    """
+    spectra = statistics.depths.spectra.items()
+    return {name: s.curvature for name, s in spectra if not np.isnan(s.curvature)}
+
+
+def representation_invariance(statistics: Statistics) -> Mapping[str, float]:
+    """InfoNCE at each depth: how well two views of a sample find each other among other samples' views.
+
+    :func:`lamina.analysis.views.info_nce` of a ``[n, d]`` and b ``[n, d]``, the means over two random
+    disjoint halves of each sample's tokens (positions, for images). Range 0 upwards, ln n = chance; lower =
+    better. Skean et al. 2025, arXiv:2502.02013. Deviates: the paper perturbs the input text and runs it
+    again; token dropping at the depth itself works for any input and costs no run.
+    """
+    return {name: v.loss for name, v in statistics.views.items()}
 
 
 def attention_rank(statistics: Statistics) -> Mapping[str, float]:

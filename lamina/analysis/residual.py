@@ -138,7 +138,9 @@ class BranchAccumulator:
     def __init__(self, tap: BranchTap) -> None:
         self.tap = tap
         self.tokens = 0
-        self.lengthening: np.ndarray | None = None  # of the batch just taken in, [samples, places]
+        # of the batch just taken in, [samples, places]: lengths of sums, and what the branch added to them
+        self.lengths: np.ndarray | None = None
+        self.lengthening: np.ndarray | None = None
         self._samples = 0
         self._void = 0
         self._void_tokens = 0
@@ -150,11 +152,11 @@ class BranchAccumulator:
 
     def add(self, values: Mapping[str, np.ndarray], view: BatchView) -> None:
         """Take in one batch; images only where it is looked at."""
-        self.lengthening = None
+        self.lengths = self.lengthening = None
         if self.tap.layout.kind == "pixels" and not view.looked:
             return
         skip, body, output = self.tap.lengths(values)
-        self.lengthening = output - skip
+        self.lengths, self.lengthening = output, output - skip
         change = _change(skip, body, output)
         kept = view.kept(*skip.shape)
         self._samples += len(skip)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lamina.analysis.needs import Looks
-from lamina.analysis.taps import ROWS
+from lamina.analysis.taps import HALVES, ROWS
 
 # Batches looked at: one of eight, at most so many. What others do not fetch, the runtime does not compute.
 _LOOKED_SHARE, _MOST_LOOKED = 8, 8
@@ -75,15 +75,36 @@ class BatchView:
         """This batch's share of ``which`` out of ``count`` vectors, ascending."""
         return self._choose(np.arange(count), self._share(getattr(self.looks, which)), which)
 
+    def halves(self, places: int) -> np.ndarray:
+        """Weights that average two halves of the tokens of the samples drawn for ``views``.
+
+        float32 ``[n, 2, places]``; padding weighs nothing, and both rows of a sample with fewer than two
+        tokens are zero.
+        """
+        rows = self.draw_rows("views")
+        return self._halved(self.kept(self.rows, places)[rows])
+
+    def views_of_images(self) -> np.ndarray:
+        """Which of the ``images`` drawn serve as ``views`` too: numbers among them, evenly spread."""
+        count = len(self.draw_rows("images"))
+        share = min(count, self._share(self.looks.views))
+        return (np.arange(share) * 2 + 1) * count // (2 * max(1, share))
+
+    def halves_of_images(self, places: int) -> np.ndarray:
+        """As :meth:`halves`, of positions of :meth:`views_of_images`."""
+        return self._halved(np.ones((len(self.views_of_images()), places), dtype=bool))
+
     def feeds(self, names: list[str]) -> Mapping[str, np.ndarray]:
         """The index inputs by name."""
         found = {}
         for name in names:
             which, _, places = name.removeprefix("lamina_").rpartition("_")
-            rows = name.startswith(f"{ROWS}_")
-            found[name] = (
-                self.draw_rows(name.removeprefix(f"{ROWS}_")) if rows else self.draw(which, int(places))
-            )
+            if name.startswith(f"{ROWS}_"):
+                found[name] = self.draw_rows(name.removeprefix(f"{ROWS}_"))
+            elif which == HALVES:
+                found[name] = self.halves(int(places))
+            else:
+                found[name] = self.draw(which, int(places))
         return found
 
     def _share(self, amount: int) -> int:
@@ -108,6 +129,17 @@ class BatchView:
             return valid.astype(np.int64)
         random = np.random.default_rng([self.looks.seed, self.number, zlib.crc32(which.encode())])
         return np.sort(random.choice(valid, count, replace=False)).astype(np.int64)
+
+    def _halved(self, kept: np.ndarray) -> np.ndarray:
+        random = np.random.default_rng([self.looks.seed, self.number, zlib.crc32(HALVES.encode())])
+        order = np.where(kept, random.random(kept.shape), 2.0)
+        ranks = order.argsort(axis=1).argsort(axis=1)
+        count = kept.sum(axis=1, keepdims=True)
+        middle = count // 2
+        first, second = ranks < middle, (ranks >= middle) & (ranks < count) & (middle > 0)
+        sizes = np.maximum(1, np.stack([middle, count - middle], axis=1))
+        weights: np.ndarray = (np.stack([first, second], axis=1) / sizes).astype(np.float32)
+        return weights
 
     def _last(self, places: int) -> np.ndarray:
         """The last token of each sample that is not padding; samples that are all padding are left out."""

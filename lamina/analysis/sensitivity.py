@@ -68,13 +68,16 @@ def lieq_diagnostics(
 ) -> Mapping[str, float]:
     """Sum of :func:`compactness`, :func:`energy_gain` and, where measured, the damage of bypassing a branch.
 
+    ``sum_k (s_k - min s_k) / (max s_k - min s_k)`` over the terms s_k, from the tokens ``[n, d]`` of depths.
     Each term is normalised to 0 to 1 over the branches before it is added. Range 0 to 2, to 3 with damages;
     higher = more important. LieQ, arXiv:2508.03332 (weights of the terms derived: equal).
 
     Args:
         statistics: Collected with ``Need.TOKENS``.
-        damages: Branch -> measured damage of dropping it (:mod:`lamina.analysis.single_site`).
+        damages: Branch -> measured damage of dropping it (:mod:`lamina.analysis.single_site`); None: those
+            of the statistics, if any. Branches without one are left out.
     """
+    damages = statistics.damages if damages is None else damages
     terms = [compactness(statistics), energy_gain(statistics), *([damages] if damages else [])]
     sites = [name for name in terms[0] if all(name in term for term in terms)]
     total = dict.fromkeys(sites, 0.0)
@@ -108,8 +111,9 @@ def skip_effect(statistics: Statistics) -> Mapping[str, float]:
 def hessian_interlayer(statistics: Statistics) -> Mapping[str, float]:
     """``loss(l and m changed) - loss(l) - loss(m)`` of the pairs measured; the interaction term alone.
 
-    Any sign; higher = more sensitive together. Augmenting Hessians with inter-layer dependencies,
-    arXiv:2306.04879 (term derived). Its sum with hawq-trace orders tensors; that part needs gradients.
+    Each loss is a mean over outputs ``[positions, classes]``. Range: any sign; higher = more sensitive
+    together. Augmenting Hessians with inter-layer dependencies, Schaefer et al. 2023, arXiv:2306.04879 (term
+    derived). Its sum with hawq-trace orders tensors; that part needs gradients.
     """
     return dict(statistics.pairs)
 
@@ -119,7 +123,7 @@ def residual_norm_risk(statistics: Statistics) -> Mapping[str, float]:
 
     x_l ``[tokens, width]`` in full precision, after branch l. Range -1 to 1; far from 0 = the depth tells
     which examples break (:func:`risky_examples`); the sign is fitted, as the abstract names none. Why do some
-    inputs break low-bit LLM quantization?, arXiv:2506.12044.
+    inputs break low-bit LLM quantization?, Chang et al. 2025, arXiv:2506.12044.
     """
     if not len(statistics.losses):
         return {}

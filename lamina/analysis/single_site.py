@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from lamina.analysis.arena import share_arena
 from lamina.analysis.depths import depths_of
 from lamina.analysis.instrument import InstrumentedSession, feeds_of, fixed_batch
 from lamina.analysis.residual import BranchProbe
@@ -96,9 +98,10 @@ class SingleSite:
             for suffix in suffixes.values():
                 needed |= dict.fromkeys([*suffix.reads.values(), *suffix.keeps.values()])
             fetched = [name for name in needed if name not in fed]
-            base = InstrumentedSession(self._program, fetched, threads=self._threads)
+            options: dict[str, Any] = {"threads": self._threads, "configure": share_arena}
+            base = InstrumentedSession(self._program, fetched, **options)
             sessions = {
-                name: InstrumentedSession(s.program, threads=self._threads)
+                name: InstrumentedSession(s.open(), own=True, **options)
                 for name, s in suffixes.items()
                 if s.makes
             }

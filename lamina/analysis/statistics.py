@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lamina.analysis.arena import share_arena
 from lamina.analysis.attention import AttentionStatistics
 from lamina.analysis.collector import Collector
 from lamina.analysis.depths import DepthStatistics
@@ -20,18 +21,18 @@ from lamina.analysis.instrument import (
     fixed_batch,
     require_finite,
 )
-from lamina.analysis.needs import Looks, Need
+from lamina.analysis.matching import Match
+from lamina.analysis.needs import DEFAULT_MASK, Looks, Need
 from lamina.analysis.operators import WeightedOperator
 from lamina.analysis.residual import BranchProbe, BranchStatistics
 from lamina.analysis.sampling import BatchView
 from lamina.analysis.streaming import RangeAccumulator, RangeStatistics
+from lamina.analysis.views import Invariance
 from lamina.data import Dataset
 from lamina.errors import DataError
 from lamina.ir.program import Program
 
 __all__ = ["BranchProbe", "BranchStatistics", "RangeStatistics", "Statistics", "collect", "collect_phases"]
-
-DEFAULT_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Statistics:
         skipped: Value, branch, depth or operator name -> why it has no statistics: not floating, nothing
             finite, a skip that is reshaped on its way.
         depths: The residual stream at each depth.
+        views: Depth -> how well two halves of a sample's tokens find each other.
         attention: Branch name -> ranks of its attention maps.
         inputs: Operator name -> what it reads.
         operators: Operator name -> its weight and how it reads.
@@ -54,6 +56,8 @@ class Statistics:
             but put in with ``dataclasses.replace`` (:mod:`lamina.analysis.single_site` measures them).
         skips: Branch -> later depth -> effect of skipping the branch.
         pairs: ``"a | b"`` -> damage of changing both sites less that of each.
+        matches: Branch -> moments of what enters it and what it adds; like ``damages`` put in
+            (:func:`lamina.analysis.matching.collect_matches`).
         losses: float64 ``[rows]``: loss of each row of the data in low bits, or of another change.
     """
 
@@ -70,7 +74,9 @@ class Statistics:
     damages: Mapping[str, float] = field(default_factory=dict)
     skips: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     pairs: Mapping[str, float] = field(default_factory=dict)
+    matches: Mapping[str, Match] = field(default_factory=dict)
     losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    views: Mapping[str, Invariance] = field(default_factory=dict)
 
 
 def collect(
@@ -121,7 +127,9 @@ def collect(
     outputs = [port.name for port in program.outputs]
     wanted = _wanted(program, range_sums)
     tapped = program if taken is None else taken.program
-    session = InstrumentedSession(tapped, wanted, threads=threads, configure=_no_spinning)
+    session = InstrumentedSession(
+        tapped, wanted, threads=threads, configure=_session_options, own=taken is not None
+    )
     always = list(dict.fromkeys([*wanted, *outputs, *(() if taken is None else taken.outputs)]))
     done, run, total, count = 0, 0, len(batches), _count(program, batches)
     # images are looked at in some batches only; what nobody needs is not run
@@ -187,7 +195,8 @@ def _reduce(
     list(pool.map(take_range, range_sums))
 
 
-def _no_spinning(options: Any) -> None:
+def _session_options(options: Any) -> None:
+    share_arena(options)
     # Threads that spin for work would keep the cores from the reductions.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
 

@@ -20,10 +20,11 @@ from lamina.analysis.operators import WeightedOperator
 from lamina.analysis.residual import BranchStatistics
 from lamina.analysis.statistics import Statistics
 from lamina.analysis.streaming import RangeStatistics
+from lamina.analysis.views import Invariance
 from lamina.data import Dataset
 from lamina.ir.io import write_atomic
 
-_VERSION = 2
+_VERSION = 3
 _TYPES = {
     t.__name__: t
     for t in (
@@ -31,6 +32,7 @@ _TYPES = {
         BranchStatistics,
         DepthStatistics,
         InputStatistics,
+        Invariance,
         RangeStatistics,
         Spectrum,
         Statistics,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -17,18 +17,22 @@ class Suffix:
     """What remains to be run of a changed program once the original's values are known.
 
     Attributes:
-        program: The changed program from the cut on; its inputs are the values of :attr:`reads`.
-        reads: Input of :attr:`program` -> the original's value that goes there.
-        makes: Value of the changed program that is wanted -> its output in :attr:`program`.
+        reads: Input of :meth:`open`'s program -> the original's value that goes there.
+        makes: Label of a value wanted -> the value of the changed program, an output of :meth:`open`'s.
         keeps: Value that is wanted and that the change does not reach -> the original's value.
         weight_bytes: Bytes of the weights it holds.
     """
 
-    program: Program
     reads: Mapping[str, str]
     makes: Mapping[str, str]
     keeps: Mapping[str, str]
     weight_bytes: int
+    _changed: Program
+    _border: Mapping[str, str]
+
+    def open(self) -> Program:
+        """A new copy of the changed program from the cut on; its inputs are those of :attr:`reads`."""
+        return _open_at(self._changed, self._border, list(self.makes.values()))
 
 
 def cut(
@@ -53,31 +57,63 @@ def cut(
     known = {v: original[d] for v, d in digests.items() if d in original}
     keeps = {label: known[v] for label, v in targets.items() if v in known}
     makes = {label: v for label, v in targets.items() if v not in known}
-    border = _border(changed.graph, set(makes.values()), known)
+    border, size = _border(changed.graph, set(makes.values()), known)
     reads = {f"lamina_cut_{i}": known[v] for i, v in enumerate(border)}
-    program = _open_at(changed, {v.name or "": f"lamina_cut_{i}" for i, v in enumerate(border)}, makes)
-    size = sum(v.const_value.nbytes for v in program.graph.initializers.values() if v.const_value is not None)
-    return Suffix(program, reads, {label: v.name or "" for label, v in makes.items()}, keeps, size)
+    inputs = {v.name or "": f"lamina_cut_{i}" for i, v in enumerate(border)}
+    return Suffix(reads, {label: v.name or "" for label, v in makes.items()}, keeps, size, changed, inputs)
 
 
-def _border(graph: ir.Graph, made: set[ir.Value], known: Mapping[ir.Value, str]) -> list[ir.Value]:
-    """Known values that the computation of ``made`` reads: where the cut goes."""
+def open_after(
+    program: Program, known: Collection[str], wanted: Collection[str]
+) -> tuple[Program, dict[str, str]]:
+    """The part of a program that makes ``wanted`` from values that are known already.
+
+    Args:
+        program: The program; left as it is.
+        known: Names of values somebody has; those of unknown type are computed all the same.
+        wanted: Names of values to make.
+
+    Returns:
+        The part, its outputs named as in the program, and its inputs: their name -> the known value fed.
+    """
+    values = {v.name or "": v for n in program.graph for v in n.outputs}
+    makes = {name: values[name] for name in wanted if name in values}
+    had = {v: n for n, v in values.items() if n in known}
+    had |= {v: v.name or "" for v in program.graph.inputs if v.name in known}
+    border, _ = _border(program.graph, set(makes.values()), had)
+    labels = {v.name or "": f"lamina_cut_{i}" for i, v in enumerate(border)}
+    return _open_at(program, labels, list(makes)), {label: name for name, label in labels.items()}
+
+
+def activation_reads(graph: ir.Graph) -> dict[ir.Node, list[ir.Value]]:
+    """Node -> the values it reads that depend on an input, through its subgraphs too."""
+    constant = _constants(graph)
+    return {node: [v for v in _reads(node) if v not in constant] for node in graph}
+
+
+def _border(
+    graph: ir.Graph, made: set[ir.Value], known: Mapping[ir.Value, str]
+) -> tuple[list[ir.Value], int]:
+    """Known values that the computation of ``made`` reads, where the cut goes; bytes of weights behind it."""
     constant = _constants(graph)
     border: dict[ir.Value, None] = {}
+    size = 0
     seen: set[ir.Value] = set(made)
     pending = list(made)
     while pending:
         maker = pending.pop().producer()
         for value in _reads(maker) if maker is not None else ():
-            if value in seen or value in constant:
+            if value in seen:
                 continue
             # a value of unknown type cannot be an input: go on to what it is made from
-            if value in known and value.dtype is not None:
+            if value in known and value.dtype is not None and value not in constant:
                 border[value] = None
-            else:
-                seen.add(value)
-                pending.append(value)
-    return list(border)
+                continue
+            seen.add(value)
+            pending.append(value)
+            if value.const_value is not None and value.name in graph.initializers:
+                size += value.const_value.nbytes
+    return list(border), size
 
 
 def _constants(graph: ir.Graph) -> set[ir.Value]:
@@ -105,15 +141,14 @@ def _reads(node: ir.Node) -> list[ir.Value]:
     return values
 
 
-def _open_at(changed: Program, inputs: Mapping[str, str], makes: Mapping[str, ir.Value]) -> Program:
+def _open_at(changed: Program, inputs: Mapping[str, str], makes: Sequence[str]) -> Program:
     """A clone that reads ``inputs`` (value -> input name) instead of computing them."""
     clone = changed.clone()
     graph = clone.graph
     values = {v.name or "": v for n in graph for v in n.outputs}
     values |= {v.name or "": v for v in graph.inputs}
-    add_outputs(clone.model, [v.name or "" for v in makes.values()], changed.source)
-    wanted = {v.name for v in makes.values()}
-    for value in [v for v in graph.outputs if v.name not in wanted]:
+    add_outputs(clone.model, makes, changed.source)
+    for value in [v for v in graph.outputs if v.name not in makes]:
         graph.outputs.remove(value)
     subgraphs = [g for g in clone.model.graphs() if g is not graph]
     fed = []

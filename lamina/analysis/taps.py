@@ -15,6 +15,7 @@ from lamina.ir.rewriter import Rewriter
 from lamina.ir.shapes import Observed
 
 ROWS = "lamina_rows"
+HALVES = "halves"
 _FLOATS = frozenset((ir.DataType.FLOAT, ir.DataType.DOUBLE))
 
 
@@ -127,6 +128,16 @@ class Taps:
             self._made[key] = self._output(self._gather(self._real(name), index, 0))
         return self._made[key]
 
+    def halves(self, name: str, layout: Layout) -> str:
+        """Means of two halves of the tokens of the samples drawn for ``views``: ``[n, 2, width]``."""
+        key = (HALVES, name)
+        if key not in self._made:
+            value = self._reshape(self._real(name), (-1, layout.places, layout.width))
+            value = self._gather(value, self._index(f"{ROWS}_views"), 0)
+            weights = self._weights(index_name(HALVES, layout), layout.places, value.dtype)
+            self._made[key] = self._output(self._rewriter.op("MatMul", [weights, value], dtype=value.dtype))
+        return self._made[key]
+
     # -- nodes ------------------------------------------------------------------------------------------
 
     def _real(self, name: str) -> ir.Value:
@@ -163,6 +174,18 @@ class Taps:
             self._program.graph.inputs.append(value)
             self._inputs[name] = value
         return self._inputs[name]
+
+    def _weights(self, name: str, places: int, dtype: ir.DataType | None) -> ir.Value:
+        """The float32 input of this name, ``[n, 2, places]``, in the type of what it weighs."""
+        if name not in self._inputs:
+            kind = ir.TensorType(ir.DataType.FLOAT)
+            value = ir.Value(name=name, shape=ir.Shape([f"{name}_count", 2, places]), type=kind)
+            self._program.graph.inputs.append(value)
+            self._inputs[name] = value
+        weights = self._inputs[name]
+        if dtype != ir.DataType.DOUBLE:
+            return weights
+        return self._rewriter.op("Cast", [weights], {"to": int(dtype)}, dtype=dtype)
 
     def _output(self, value: ir.Value) -> str:
         self._program.graph.outputs.append(value)

@@ -109,7 +109,12 @@ def quantization_errors(
 
 
 def output_error_at(bits: int) -> Callable[[Program, Statistics], Mapping[str, float]]:
-    """A metric: :attr:`QuantizationError.output` of every operator at one width."""
+    """A metric: :attr:`QuantizationError.output` of every operator at one width.
+
+    ``tr(dW S dW') / tr(W S W')``; W ``[out, in]``, dW its error under :func:`round_to_nearest`, S
+    ``[in, in]`` the sum of x x' over calibration vectors. Range 0 upwards; higher = more sensitive.
+    Standard definition.
+    """
 
     def rate(program: Program, statistics: Statistics) -> Mapping[str, float]:
         found = {}

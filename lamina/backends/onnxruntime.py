@@ -16,6 +16,7 @@ from lamina.backends import _session
 from lamina.backends.backend import Audit, Case, Feeds, Latency, Target, Workload
 from lamina.errors import BackendError, BudgetError
 from lamina.ir.message import message
+from lamina.ir.names import every_graph
 
 if TYPE_CHECKING:
     from lamina.backends.measure import IsolatedTimer
@@ -204,7 +205,7 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def _initializers(model: ir.Model) -> list[ir.Value]:
-    return [v for graph in model.graphs() for v in graph.initializers.values()]
+    return [v for graph in every_graph(model.graph) for v in graph.initializers.values()]
 
 
 def _open(model: ir.Model | Path, options: Any) -> Any:

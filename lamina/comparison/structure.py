@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from lamina.comparison.verdict import Structure
 from lamina.errors import DataError
-from lamina.ir.names import every_node
+from lamina.ir.names import every_graph, every_node
 from lamina.ir.normalize import label
 from lamina.ir.program import Port, Program
 from lamina.ir.semantics import why_fenced
@@ -126,5 +126,5 @@ def _operators(model: ir.Model) -> Counter[str]:
 
 
 def _weights(model: ir.Model) -> list[int]:
-    tensors = (v.const_value for g in model.graphs() for v in g.initializers.values())
+    tensors = (v.const_value for g in every_graph(model.graph) for v in g.initializers.values())
     return [t.nbytes for t in tensors if t is not None]

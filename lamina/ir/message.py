@@ -7,6 +7,7 @@ which counts where a model of 100,000 nodes is checked, inferred and run.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -57,9 +58,9 @@ class _Writer:
                     self._describe(proto.input, value)
             elif value.const_value is not None:
                 value.const_value.name = value.name
-                ir.serde.serialize_tensor_into(proto.initializer.add(), from_=value.const_value)
+                _write_tensor(proto.initializer, value.const_value)
         for node in graph:
-            _write_node(proto.node.add(), node)
+            _write_node(proto.node, node)
             if self._described or node.domain not in STANDARD:
                 for value in node.outputs:
                     if value.name and value.type is not None and not value.is_graph_output():
@@ -83,6 +84,14 @@ class _Writer:
         info.type.CopyFrom(kind)
 
 
+def _write_tensor(tensors: Any, tensor: ir.TensorProtocol) -> None:
+    if type(tensor) is ir.Tensor and tensor.dtype.bitwidth >= 8 and tensor.dtype is not ir.DataType.STRING:
+        data, dims = tensor.tobytes(), tensor.shape.dims
+        tensors.add(name=tensor.name, data_type=int(tensor.dtype), dims=dims, raw_data=data)
+    else:
+        ir.serde.serialize_tensor_into(tensors.add(), from_=tensor)
+
+
 def _tensor_type(dtype: ir.DataType | None, dims: tuple[int | str | None, ...] | None) -> onnx.TypeProto:
     kind = onnx.TypeProto()
     kind.tensor_type.elem_type = int(dtype or ir.DataType.UNDEFINED)
@@ -98,23 +107,22 @@ def _tensor_type(dtype: ir.DataType | None, dims: tuple[int | str | None, ...] |
     return kind
 
 
-def _write_node(proto: onnx.NodeProto, node: ir.Node) -> None:
-    proto.op_type, proto.domain, proto.name = node.op_type, node.domain, node.name or ""
-    if node.overload:
-        proto.overload = node.overload
-    proto.input.extend(["" if v is None else v.name for v in node.inputs])
+def _write_node(nodes: Any, node: ir.Node) -> None:
     outputs = [v.name or "" for v in node.outputs]
     while outputs and not outputs[-1]:
         outputs.pop()
-    proto.output.extend(outputs)
+    inputs = ["" if v is None else v.name for v in node.inputs]
+    proto = nodes.add(  # one call: each field that is set from Python costs as much as all of these
+        op_type=node.op_type, domain=node.domain, name=node.name or "", input=inputs, output=outputs
+    )
+    if node.overload:
+        proto.overload = node.overload
     for attribute in node.attributes.data.values():
-        made = proto.attribute.add()
         if attribute.is_ref():
-            ir.serde.serialize_reference_attribute_into(made, from_=attribute)
-        elif attribute.type == _INT:
-            made.name, made.type, made.i = attribute.name, onnx.AttributeProto.INT, attribute.value
-        elif attribute.type == _INTS:
-            made.name, made.type = attribute.name, onnx.AttributeProto.INTS
-            made.ints.extend(attribute.value)
+            ir.serde.serialize_reference_attribute_into(proto.attribute.add(), from_=attribute)
+        elif attribute.type is _INT:
+            proto.attribute.add(name=attribute.name, type=onnx.AttributeProto.INT, i=attribute.value)
+        elif attribute.type is _INTS:
+            proto.attribute.add(name=attribute.name, type=onnx.AttributeProto.INTS, ints=attribute.value)
         else:
-            ir.serde.serialize_attribute_into(made, from_=attribute)
+            ir.serde.serialize_attribute_into(proto.attribute.add(), from_=attribute)

@@ -77,6 +77,15 @@ def subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
             yield from attribute.value
 
 
+def every_graph(graph: ir.Graph) -> list[ir.Graph]:
+    """``graph`` and all of its subgraphs, outer ones first: ``Model.graphs`` at a fraction of its cost."""
+    found = [graph]
+    for node in every_node(graph):
+        if node.attributes.data:
+            found.extend(subgraphs(node))
+    return found
+
+
 def every_node(graph: ir.Graph | ir.Function) -> Iterator[ir.Node]:
     """The nodes of ``graph`` and of its subgraphs, each before the nodes inside it.
 

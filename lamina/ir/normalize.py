@@ -13,7 +13,7 @@ from lamina.errors import CaptureError, UnsupportedOperator
 from lamina.ir import opset
 from lamina.ir.function_calls import check_calls
 from lamina.ir.inference import infer_shapes as infer_shapes
-from lamina.ir.names import every_node, make_names_unique, subgraphs
+from lamina.ir.names import every_graph, every_node, make_names_unique, subgraphs
 from lamina.ir.opaque import STANDARD, opaque_subgraphs_hidden
 from lamina.ir.schemas import fault_of_types, type_text
 from lamina.ir.skeleton import skeleton
@@ -51,7 +51,7 @@ def normalize(model: ir.Model, source: str, files: ExternalFiles) -> None:
     model.ir_version = max(model.ir_version, onnx.helper.find_min_ir_version_for(_imports(model)), 4)
     _leave_deprecated(model)
     proto, _ = skeleton(model)
-    _check_proto(proto, source)
+    check_proto(proto, source)
     infer_shapes(model, proto)
     _check_types(model, source)
 
@@ -140,7 +140,7 @@ def _inline(model: ir.Model, source: str) -> None:
 
 def _check_references(model: ir.Model, source: str) -> None:
     """Every value read must be an input, an initializer or some node's output."""
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in every_graph(model.graph):
         reads = [(v, label(n)) for n in graph for v in n.inputs if v is not None]
         reads += [(v, "the graph's outputs") for v in graph.outputs]
         for value, reader in reads:
@@ -223,7 +223,7 @@ def _producers(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _own_tensors(model: ir.Model, source: str, files: ExternalFiles) -> None:
-    for graph in (model.graph, *model.graph.subgraphs()):
+    for graph in every_graph(model.graph):
         for value in graph.initializers.values():
             if value.const_value is None:
                 raise CaptureError(
@@ -324,16 +324,12 @@ def _trim_outputs(graph: ir.Graph) -> None:
             node.resize_outputs(count)
 
 
-def check_valid(model: ir.Model, source: str) -> None:
-    """Run onnx's checker on the weightless model.
+def check_proto(proto: onnx.ModelProto, source: str) -> None:
+    """Run onnx's checker on a model's skeleton.
 
     Raises:
         CaptureError: The checker objects; its message is passed on.
     """
-    _check_proto(skeleton(model)[0], source)
-
-
-def _check_proto(proto: onnx.ModelProto, source: str) -> None:
     ports = [
         p.type.tensor_type
         for p in (*proto.graph.input, *proto.graph.output)

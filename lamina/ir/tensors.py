@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import mmap
 import os
 import stat
@@ -13,6 +14,16 @@ import onnx
 import onnx_ir as ir
 
 from lamina.errors import CaptureError
+
+# Types of whole bytes that numpy has itself: their number in a protobuf -> the type, and how to read it.
+_PLAIN = {
+    int(t): (t, t.numpy().newbyteorder("<"))
+    for t in (
+        *(ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BOOL),
+        *(ir.DataType.INT8, ir.DataType.INT16, ir.DataType.INT32, ir.DataType.INT64),
+        *(ir.DataType.UINT8, ir.DataType.UINT16, ir.DataType.UINT32, ir.DataType.UINT64),
+    )
+}
 
 
 class ExternalFiles:
@@ -135,6 +146,9 @@ def own(tensor: ir.TensorProtocol, files: ExternalFiles, where: str) -> ir.Tenso
     """
     if isinstance(tensor, ir.ExternalTensor):
         return files.tensor(tensor, where)
+    plain = _plain(tensor.raw) if type(tensor) is ir.serde.TensorProtoTensor else None
+    if plain is not None:
+        return plain
     if tensor.dtype == ir.DataType.STRING:
         return ir.StringTensor(tensor.string_data(), shape=shape_of(tensor), name=tensor.name)  # type: ignore[attr-defined]
     if isinstance(tensor, ir.Tensor) and isinstance(tensor.raw, np.ndarray):
@@ -163,6 +177,21 @@ def own(tensor: ir.TensorProtocol, files: ExternalFiles, where: str) -> ir.Tenso
     return ir.Tensor(array, dtype=tensor.dtype, shape=shape_of(tensor), name=tensor.name)
 
 
+def _plain(proto: onnx.TensorProto) -> ir.TensorProtocol | None:
+    """A protobuf tensor whose bytes are what numpy reads, as most are; None for others, or malformed ones."""
+    kind = _PLAIN.get(proto.data_type)
+    data = b"" if kind is None else proto.raw_data
+    if kind is None or not data:
+        return None
+    dtype, read_as = kind
+    dims = tuple(proto.dims)
+    if len(data) != math.prod(dims) * read_as.itemsize:
+        return None
+    return ir.Tensor(
+        np.frombuffer(data, read_as).reshape(dims), dtype=dtype, shape=ir.Shape(dims), name=proto.name
+    )
+
+
 def shape_of(tensor: ir.TensorProtocol) -> ir.Shape:
     """The tensor's shape as a new object."""
-    return ir.Shape([int(d) for d in tensor.shape.numpy()])
+    return ir.Shape([int(d) for d in tensor.shape])  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from lamina.errors import BudgetError, CaptureError, VerificationError
 from lamina.ir.inference import follows_values
 from lamina.ir.names import subgraphs
-from lamina.ir.normalize import check_valid, label
+from lamina.ir.normalize import check_proto, label
 from lamina.ir.program import Program
 from lamina.ir.schemas import KNOWN_DOMAINS, fault_of_operator, fault_of_types, type_text
 from lamina.ir.skeleton import skeleton
@@ -56,13 +56,14 @@ def check(subject: Program | ir.Model) -> None:
     """
     model = subject.model if isinstance(subject, Program) else subject
     source = subject.source if isinstance(subject, Program) else model.graph.name or "the model"
+    proto, _ = skeleton(model)
     try:
-        check_valid(model, source)
+        check_proto(proto, source)
     except CaptureError as error:
         raise VerificationError(
             error.what, where=source, advice="this is a bug in lamina: report it"
         ) from error
-    _check_types(model)
+    _check_types(model, proto)
 
 
 class _Verifier:
@@ -234,9 +235,11 @@ def _fits(declared: ir.Shape, tensor: ir.TensorProtocol) -> bool:
     return len(declared) == len(dims) and all(d == n for d, n in pairs if isinstance(d, int))
 
 
-def _check_types(model: ir.Model) -> None:
-    """Infer anew from the interface and the weights alone, then compare with what the values say."""
-    proto, _ = skeleton(model)
+def _check_types(model: ir.Model, proto: onnx.ModelProto) -> None:
+    """Infer anew from the interface and the weights alone, then compare with what the values say.
+
+    ``proto`` is the model's skeleton; it is used up.
+    """
     del proto.graph.value_info[:]
     for output in proto.graph.output:
         output.ClearField("type")

@@ -12,6 +12,7 @@ from lamina.passes.pass_ import Transform
 # name -> module:class. A third party adds one through the entry point group "lamina.transforms".
 TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("drop", "lamina.passes.drop_branch:DropBranch"),
+    ("direct-matching", "lamina.passes.replace_branch:ReplaceBranch"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 

@@ -41,6 +41,7 @@ class DropBranch(Transform):
     axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory", "flops")
     needs: ClassVar[frozenset[Need]] = frozenset(("branches",))
     name: ClassVar[str] = "drop"
+    removes_site: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Every droppable branch, in execution order, then what nearly was one."""

@@ -31,7 +31,7 @@ class Lossy:
 
 
 Effect = Exact | Rounding | Lossy
-Need = Literal["ranges", "branches"]
+Need = Literal["ranges", "branches", "matches"]
 Form = Literal["float", "int8"]
 
 
@@ -123,6 +123,8 @@ class Transform:
     minimum_opset: ClassVar[int] = 13
     # Options that change how weights are kept in the file and nothing at run time: they never gain latency.
     storage_only: ClassVar[frozenset[str]] = frozenset()
+    # Whether every option takes the site's nodes out, so that no other move inside it means anything.
+    removes_site: ClassVar[bool] = False
 
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Every site of ``program``; reads only."""

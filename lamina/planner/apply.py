@@ -25,6 +25,11 @@ def required_opset(moves: Iterable[Move]) -> int:
     return max((int(m.option.parameters.get("opset", 13)) for m in moves), default=13)
 
 
+def removes(move: Move) -> bool:
+    """Whether a move takes its site's nodes out: it comes before those that change what stays."""
+    return move.option.name == "drop" or get_transform(move.site.transform).removes_site
+
+
 def apply_moves(program: Program, moves: Sequence[Move]) -> Program:
     """Apply moves to a clone: drops first, then the other transforms, then exact clean-up.
 
@@ -42,7 +47,7 @@ def apply_drops(program: Program, moves: Sequence[Move]) -> Program:
         PassError: A move cannot be applied; names it.
         VerificationError: What it leaves is not whole.
     """
-    return _applied(program, [m for m in moves if m.option.name == "drop"])
+    return _applied(program, [m for m in moves if removes(m)])
 
 
 def apply_rest(program: Program, moves: Sequence[Move]) -> Program:
@@ -52,7 +57,7 @@ def apply_rest(program: Program, moves: Sequence[Move]) -> Program:
         PassError: A move cannot be applied; names it.
         VerificationError: What it leaves is not whole.
     """
-    return _applied(program, [m for m in moves if m.option.name != "drop"])
+    return _applied(program, [m for m in moves if not removes(m)])
 
 
 def _applied(program: Program, moves: Sequence[Move]) -> Program:

@@ -37,6 +37,25 @@ class Finalist:
         return bool(self.realized.plan.folds or self.realized.plan.moves)
 
 
+@dataclass(frozen=True)
+class Mending:
+    """What compensating one plan did.
+
+    Attributes:
+        operators: Operators that were fitted anew.
+        before: Damage on selection data without it, in the metric's damage unit.
+        after: With it.
+        kept: Whether the plan holds it.
+        seconds: What it took.
+    """
+
+    operators: int
+    before: float
+    after: float
+    kept: bool
+    seconds: float
+
+
 @dataclass
 class Builder:
     """Builds and times candidates once each."""
@@ -47,6 +66,7 @@ class Builder:
     done: dict[Genome, Finalist] = field(default_factory=dict)
     failed: set[Genome] = field(default_factory=set)
     broken: set[tuple[int, int]] = field(default_factory=set)  # (choice, gene)
+    mended: dict[Genome, Mending] = field(default_factory=dict)
     _memory: dict[Genome | None, int] = field(default_factory=dict)
 
     @property

@@ -108,7 +108,8 @@ class Costs:
         return Costs(replace(self.space, choices=choices), self.base, delta, share, borders)
 
     def _useful(self, index: int, gene: int, axes: Collection[str]) -> bool:
-        if self.space.choices[index].removes:
+        choice = self.space.choices[index]
+        if choice.options[gene - 1].name == "drop":
             return True
         if not np.isfinite(self.delta["latency"][index][gene - 1]):
             return False  # the target refuses this option here

@@ -91,6 +91,7 @@ def evidence(
             "damage": verdict.damage,
         },
         "moves": [_move(m) for m in verdict.finalist.realized.plan.moves],
+        "compensation": mending(builder, candidate),
         "forms": list(builder.prepared.folded.log),
         "undone": [dict(entry) for entry in builder.prepared.undone],
         "audit": {"kernels": dict(final.audit.counts), "fell_back": list(final.audit.fell_back)},
@@ -136,6 +137,12 @@ def _move(move: Move) -> dict[str, Any]:
         "option": move.option.name,
         "reason": move.reason,
     }
+
+
+def mending(builder: Builder, candidate: Candidate) -> dict[str, Any] | None:
+    """What compensating the plan did on selection data; None where it was not tried."""
+    found = builder.mended.get(candidate.genome)
+    return None if found is None else asdict(found)
 
 
 def coverage(builder: Builder, candidate: Candidate) -> dict[str, Any]:

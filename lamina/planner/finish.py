@@ -13,6 +13,7 @@ from lamina.ir.io import serialized_size
 from lamina.planner.builder import Builder, Finalist
 from lamina.planner.costs import fit_scales
 from lamina.planner.judge import Judge, Verdict
+from lamina.planner.mend import mend, reach
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
 from lamina.planner.search import Candidate, Goal, Search
@@ -74,13 +75,14 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         if not (correct_size(request, builder, search) or look_elsewhere(builder, search)):
             break
         shortlist(builder, search.ranked(), search.goal)
+    reach(request, builder, search)
     goal = search.goal
     limit, failed = float("inf"), None
     for _ in range(LOOKS):
         finalist = _next(request, builder, search, limit)
         if finalist is None:
             break
-        verdict = judge.score(finalist)
+        verdict = judge.score(mend(request, builder, finalist))
         if verdict.damage <= allowed:
             return verdict
         failed = verdict

@@ -14,8 +14,8 @@ from lamina.backends import get_backend
 from lamina.backends.backend import Target, Workload
 from lamina.backends.measure import Ratio
 from lamina.errors import LaminaError, OutputError
+from lamina.ir.cache import cache_folder
 from lamina.ir.io import write_atomic
-from lamina.planner.price_store import cache_folder
 from lamina.planner.timing import Relative
 
 FORMAT = 1

@@ -9,6 +9,7 @@ from typing import Any
 
 from lamina.errors import LaminaError
 from lamina.passes.pass_ import Option, Site
+from lamina.passes.repair import Repair
 
 FORMAT = 1
 
@@ -42,6 +43,7 @@ class Plan:
         moves: Lossy moves on the folded program.
         finishing: Names of the exact passes applied after the moves.
         target: The target the plan was made for.
+        repairs: Weights fitted anew after the moves (:mod:`lamina.passes.compensate`).
     """
 
     fingerprint: str
@@ -50,6 +52,7 @@ class Plan:
     finishing: tuple[str, ...] = ()
     target: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    repairs: tuple[Repair, ...] = ()
 
     def to_json(self) -> str:
         """The plan as JSON text; floats survive exactly."""
@@ -86,6 +89,7 @@ class Plan:
                 tuple(raw["finishing"]),
                 raw["target"],
                 raw["extra"],
+                tuple(Repair(**r) for r in raw.get("repairs", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LaminaError(f"not a lamina plan: {error}", advice="give a result's plan.json") from error

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -13,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lamina.errors import OutputError
+from lamina.ir.cache import cache_folder
 from lamina.ir.io import write_atomic
 
 FORMAT = 2
@@ -40,24 +39,12 @@ class Price:
     quiet: bool
 
 
-def cache_folder() -> Path:
-    """Where lamina keeps what it measured: ``LAMINA_CACHE``, or the platform's folder for caches."""
-    given = os.environ.get("LAMINA_CACHE")
-    if given:
-        return Path(given)
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "lamina"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home()))) / "lamina" / "Cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lamina"
-
-
 class PriceStore:
     """Prices of one device, read once, written atomically; other processes' additions are kept.
 
     Args:
         identity: Device, versions, threads and options: JSON values that prices depend on.
-        folder: Where the file lies; :func:`cache_folder` when omitted.
+        folder: Where the file lies; :func:`lamina.ir.cache.cache_folder` when omitted.
     """
 
     def __init__(self, identity: Mapping[str, Any], folder: Path | None = None) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from lamina.backends.backend import Workload
 from lamina.ir.program import Program
+from lamina.passes.pass_ import Option
 from lamina.planner.costs import Border, Costs
 from lamina.planner.prices import Prices
 from lamina.planner.space import Choice, Space
@@ -83,14 +84,15 @@ def _size(space: Space) -> list[list[float]]:
 
 
 def _flops(space: Space, operator_flops: Mapping[str, float]) -> list[list[float]]:
-    """FLOPs every option adds: only a drop changes them."""
-    return [
-        [
-            -sum(operator_flops.get(n, 0.0) for n in c.site.nodes) if o.name == "drop" else 0.0
-            for o in c.options
-        ]
-        for c in space.choices
-    ]
+    """FLOPs every option adds: only what takes the site out changes them."""
+
+    def change(choice: Choice, option: Option) -> float:
+        if option.name != "drop" and not choice.transform.removes_site:
+            return 0.0
+        left = float(option.parameters.get("flops_share", 0.0))
+        return (left - 1.0) * sum(operator_flops.get(n, 0.0) for n in choice.site.nodes)
+
+    return [[change(c, o) for o in c.options] for c in space.choices]
 
 
 def _own_weight_bytes(space: Space, choice: Choice) -> float:

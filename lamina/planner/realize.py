@@ -12,7 +12,8 @@ from lamina.ir.program import Program
 from lamina.passes import get_transform
 from lamina.passes.fold import apply_named
 from lamina.passes.pass_ import Site
-from lamina.planner.apply import apply_drops, apply_rest
+from lamina.passes.repair import apply_repairs
+from lamina.planner.apply import apply_drops, apply_rest, removes
 from lamina.planner.plan import Move, Plan
 
 
@@ -43,17 +44,18 @@ def realize(
         target: Where the result runs.
     """
     dropped = apply_drops(folded, moves)
-    rest = [m for m in moves if m.option.name != "drop"]
+    rest = [m for m in moves if not removes(m)]
     if len(rest) < len(moves) and calibration is not None:
         rest = _recalibrate(dropped, rest, calibration, target)
-    final = tuple(m for m in moves if m.option.name == "drop") + tuple(rest)
+    final = tuple(m for m in moves if removes(m)) + tuple(rest)
     return Realized(apply_rest(dropped, final), replace(plan, moves=final))
 
 
 def reproduce(captured: Program, plan: Plan) -> Program:
-    """Apply a whole plan to a captured program: folds, drops, the other moves, finishing passes."""
+    """Apply a whole plan to a captured program: folds, drops, the other moves, repairs, finishing passes."""
     program = apply_named(captured, plan.folds)
     program = apply_rest(apply_drops(program, plan.moves), plan.moves)
+    program = apply_repairs(program, plan.repairs)
     return apply_named(program, plan.finishing)
 
 

@@ -200,6 +200,25 @@ class Search:
             if genome is not None:
                 self.measure(genome)
 
+    def beyond(self, shares: Sequence[float]) -> list[Candidate]:
+        """Plans whose single-site divergences sum to more than the best one's, by ``shares``; scored in full.
+
+        They miss the bound on damage by little: what may be repaired is worth knowing, hopeless or not.
+        """
+        best = self.best()
+        least = min((d for row in self.damage for d in row if 0 < d < 1e8), default=0.0)
+        base, found = max(least, 0.0 if best is None else best.surrogate), []
+        for share in shares:
+            genome = self._solve(share * base)
+            if genome is None or self.forbidden.intersection(enumerate(genome)):
+                continue
+            if genome not in self.archive:
+                score = self.evaluator.score(genome)
+                made = Candidate(genome, self.costs.predict(genome), self.surrogate(genome), score)
+                self.archive[genome] = made
+            found.append(self.archive[genome])
+        return found
+
     def _nearest(self) -> None:
         """Nothing meets the goal: measure what is cheapest, on each bounded axis and within the drop."""
         for axis in self.goal.bounds:

@@ -88,7 +88,8 @@ def log_probabilities(values: np.ndarray, axis: int, *, probabilities: bool) -> 
         return np.asarray(np.log(np.maximum(values, np.float32(1e-30))))
     shifted = values - values.max(axis=axis, keepdims=True)
     total = np.exp(shifted).sum(axis=axis, keepdims=True, dtype=np.float64)
-    return np.asarray(shifted - np.log(total).astype(np.float32))
+    shifted -= np.log(total).astype(np.float32)
+    return np.asarray(shifted)
 
 
 def are_probabilities(values: np.ndarray, axis: int) -> bool:

@@ -187,7 +187,9 @@ class _Subject:
             raise Wrong(f"{what}: {len(have)} outputs instead of {len(want)}")
         for k, (name, a, b) in enumerate(zip(self.outputs, want, have, strict=True)):
             reason = differs(a, b, budget, self.narrowest.get(name))
-            if reason is None or (budget and self._explained(index, k, a, b, budget)):
+            # between casts the runtime keeps more digits than half has, but not where a cast is shared
+            loose = budget or self.narrowest.get(name) == np.float16
+            if reason is None or (loose and self._explained(index, k, a, b, budget)):
                 continue
             raise Wrong(f"{what}: output '{name}' on feeds {index}: {reason} (allowed: {budget} ulps)")
 

@@ -120,21 +120,24 @@ def activation_of(b: Builder, x: Val) -> Val:
     return either(b, "Mul", x, b.op("Sigmoid", [x], x.shape), x.shape, FLOAT)
 
 
-def mlp_of(b: Builder, x: Val) -> Val:
+def mlp_of(b: Builder, x: Val, *, normed: bool = False) -> Val:
     """From a stream and back to its width, normalized before or not."""
     width = int(x.shape[-1])
-    h = norm_of(b, x) if b.chance(0.7) else x
-    hidden = linear_of(b, h, 2 * width)
+    h = norm_of(b, x) if not normed and b.chance(0.7) else x
+    bias = 0.9 if normed else 0.6
+    hidden = linear_of(b, h, 2 * width, bias=bias)
     if b.chance(0.3):
-        gate = b.op("Sigmoid", [linear_of(b, h, 2 * width)], hidden.shape)
-        return linear_of(b, either(b, "Mul", hidden, gate, hidden.shape, FLOAT), width)
-    return linear_of(b, activation_of(b, hidden), width)
+        gate = b.op("Sigmoid", [linear_of(b, h, 2 * width, bias=bias)], hidden.shape)
+        return linear_of(b, either(b, "Mul", hidden, gate, hidden.shape, FLOAT), width, bias=bias)
+    return linear_of(b, activation_of(b, hidden), width, bias=bias)
 
 
 def residual_mlp(b: Builder) -> None:
     x = b.tokens()
-    result = either(b, "Add", x, mlp_of(b, x), x.shape, FLOAT)
-    if b.chance(0.3):
+    post = b.chance(0.3)  # as after the attention of a post-norm encoder
+    x = layer_norm_of(b, x) if post else x
+    result = either(b, "Add", x, mlp_of(b, x, normed=post), x.shape, FLOAT)
+    if post or b.chance(0.3):
         layer_norm_of(b, result)
 
 
@@ -156,7 +159,9 @@ def parallel_branches(b: Builder) -> None:
 def attention(b: Builder) -> None:
     """A residual multi-head attention with one of several masks, or a single head."""
     x = b.tokens()
-    h = norm_of(b, x) if b.chance(0.6) else x
+    post = b.chance(0.3)
+    x = layer_norm_of(b, x) if post else x
+    h = norm_of(b, x) if not post and b.chance(0.6) else x
     body = _single_head(b, h) if b.chance(0.3) else _multi_head(b, h)
     either(b, "Add", x, body, x.shape, FLOAT)
 

@@ -232,3 +232,28 @@ def test_a_row_masked_by_the_lowest_float_throughout_stays_the_mean(fed: bool) -
     np.testing.assert_allclose(
         run(folded.model, feeds)[0], run(program.model, feeds)[0], rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_product_composed_below_a_bias_that_adds_an_axis_has_the_shape_of_the_product() -> None:
+    rng = np.random.default_rng(3)
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["xa"]),
+        helper.make_node("Add", ["xa", "wide"], ["biased"]),
+        helper.make_node("MatMul", ["biased", "b"], ["y"]),
+        helper.make_node("MatMul", ["biased", "c"], ["zc"]),
+        helper.make_node("Add", ["zc", "flat"], ["z"]),
+    ]
+    weights = {n: rng.standard_normal((4, 4)).astype(np.float32) for n in "abc"}
+    biases = {"wide": rng.standard_normal((1, 3, 4)), "flat": rng.standard_normal(4)}
+    weights |= {n: v.astype(np.float32) for n, v in biases.items()}
+    for kept in ({"y": [1, 3, 4]}, {"z": [1, 3, 4]}):
+        used = [n for n in nodes if "z" in kept or n.output[0] in ("xa", "biased", "y")]
+        used = [n for n in used if "z" not in kept or n.output[0] != "y"]
+        model = proto(used, {"x": [1, 4]}, kept, weights)
+        folded, _, records = fold(capture(model))
+        assert not _undone(records)
+        product = next(n for n in folded.graph if n.op_type == "MatMul")
+        assert sum(n.op_type == "MatMul" for n in folded.graph) == 1
+        assert list(product.outputs[0].shape or []) == [1, 4]
+        feeds = {"x": FEEDS["x"][:1]}
+        np.testing.assert_allclose(run(folded.model, feeds)[0], run(model, feeds)[0], rtol=1e-5, atol=1e-6)

@@ -96,7 +96,7 @@ def test_every_branch_of_a_reference_model_is_really_dropped(name: str) -> None:
 def test_the_suffix_runs_only_what_the_change_reaches() -> None:
     program = stacked(4)
     runs = SingleSite(program, drop_variants(program), threads=1)
-    sizes = {name: len(suffix.program.graph) for name, suffix in runs._suffixes.items()}
+    sizes = {name: len(suffix.open().graph) for name, suffix in runs._suffixes.items()}
     assert list(sizes.values()) == [12, 8, 4, 1]  # four nodes a layer, and an Identity that names the output
 
 
@@ -124,7 +124,7 @@ def test_little_memory_means_several_parts_and_the_same_damages() -> None:
 def test_a_change_that_changes_nothing_runs_nothing() -> None:
     program = stacked(2)
     runs = SingleSite(program, {"same": program.clone()}, threads=1)
-    assert len(runs._suffixes["same"].program.graph) == 0
+    assert len(runs._suffixes["same"].open().graph) == 0
     assert (
         damages(program, {"same": program.clone()}, _data(), RelativeL2(("add1_out",)), threads=1)[
             "same"

@@ -13,6 +13,7 @@ from lamina.backends.backend import Case, Target
 from lamina.backends.load import MachineLoad
 from lamina.backends.onnxruntime import OnnxRuntime
 from lamina.errors import BackendError, PassError
+from lamina.ir.cache import cache_folder
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.ir.shapes import observed_shapes
@@ -21,7 +22,7 @@ from lamina.planner import prices as prices_module
 from lamina.planner.price_bench import PriceBench, border_unit, capture
 from lamina.planner.price_models import Extractor, Unit, emit_option, replicate
 from lamina.planner.price_signature import describe, structure
-from lamina.planner.price_store import Price, PriceStore, cache_folder
+from lamina.planner.price_store import Price, PriceStore
 from lamina.planner.prices import Prices
 
 ONE = Target("ort", "cpu", 1)

@@ -56,6 +56,7 @@ FORMS: tuple[str, ...] = (
     "split_residual_sum",
     "convolve_shortcut",
     "compose_projections",
+    "absorb_residual_bias",
     "fuse_rotary",
     "fuse_attention",
 )

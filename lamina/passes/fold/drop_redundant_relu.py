@@ -34,6 +34,10 @@ class DropRedundantRelu(Fold):
 
     effect: ClassVar[Effect] = Exact()
 
+    def idle(self, model: ir.Model) -> bool:
+        """Whether there is no Relu."""
+        return not any(n.op_type == "Relu" for n in model.graph)
+
     def apply(self, rewriter: Rewriter) -> None:
         """Sweep forward, knowing for each value passed whether it can be negative."""
         known: set[ir.Value] = set()

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from lamina.ir.names import subgraphs
+from lamina.ir.names import every_node, subgraphs
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import constant, is_op
 from lamina.passes.pass_ import Effect, Exact, Fold, Refusal
@@ -27,7 +27,7 @@ class FoldConstantIf(Fold):
 
     def fires(self, model: ir.Model) -> bool:
         """Whether an If, outside of others that fold, has a constant condition."""
-        return any(is_op(n, "If") and _taken(n) is not None for n in model.graph.all_nodes())
+        return any(is_op(n, "If") and _taken(n) is not None for n in every_node(model.graph))
 
     def idle(self, model: ir.Model) -> bool:
         """Whether there is none."""
@@ -35,7 +35,7 @@ class FoldConstantIf(Fold):
 
     def refusals(self, model: ir.Model) -> list[Refusal]:
         """The Ifs that are decided at run time."""
-        found = [n for n in model.graph.all_nodes() if is_op(n, "If") and _taken(n) is None]
+        found = [n for n in every_node(model.graph) if is_op(n, "If") and _taken(n) is None]
         return [Refusal(self.name, n.name or "If", "its condition is not constant") for n in found]
 
     def apply(self, rewriter: Rewriter) -> None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.channels import discard, replace_constant
-from lamina.passes.fold.graph import LocalFold, attribute, constant, substitute
+from lamina.passes.fold.graph import LocalFold, Operators, attribute, constant, substitute
 from lamina.passes.fold.streams import Stream, plain_layer_norm, stream_of
 from lamina.passes.pass_ import Effect, Rounding
 
@@ -63,7 +63,7 @@ class FoldLayernormMean(LocalFold):
             _write(norm, rewriter)
             rewriter.record(self.name, where, f"the stream is centred by {len(match.constants)} constants")
 
-    def _found(self, graph: ir.Graph) -> Iterator[tuple[ir.Node, Any]]:
+    def _found(self, graph: ir.Graph, operators: Operators | None = None) -> Iterator[tuple[ir.Node, Any]]:
         """One finding a stream, however many normalizations read it: each stream is walked once."""
         seen: set[ir.Node] = set()
         for node in [n for n in graph if plain_layer_norm(n)]:

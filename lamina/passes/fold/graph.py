@@ -125,6 +125,22 @@ def substitute(
     return node
 
 
+class Operators:
+    """The standard operators of one graph, as it is now, by their types."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._found: dict[str, list[tuple[int, ir.Node]]] = {}
+        for place, node in enumerate(graph):
+            if node.domain in _STANDARD:
+                self._found.setdefault(node.op_type, []).append((place, node))
+
+    def named(self, op_types: Iterable[str]) -> list[ir.Node]:
+        """Those of these types, in the graph's order."""
+        groups = [self._found[op] for op in op_types if op in self._found]
+        found = groups[0] if len(groups) == 1 else sorted([pair for group in groups for pair in group])
+        return [node for _, node in found]
+
+
 @dataclass(frozen=True)
 class LocalFold(Fold):
     """A fold that looks at one node's neighbourhood at a time: linear in the graph.
@@ -143,19 +159,20 @@ class LocalFold(Fold):
         """Apply ``match``."""
         raise NotImplementedError
 
-    def _found(self, graph: ir.Graph) -> Iterator[tuple[ir.Node, Any]]:
-        for node in [n for n in graph if is_op(n, *self.anchors)]:
+    def _found(self, graph: ir.Graph, operators: Operators | None = None) -> Iterator[tuple[ir.Node, Any]]:
+        operators = Operators(graph) if operators is None else operators
+        for node in operators.named(self.anchors):
             found = self.match(node) if node.graph is graph else None  # an earlier rewrite may have taken it
             if found is not None:
                 yield node, found
 
-    def fires(self, model: ir.Model) -> bool:
+    def fires(self, model: ir.Model, operators: Operators | None = None) -> bool:
         """Whether there is anything to rewrite; stops at the first match."""
-        return any(not isinstance(found, str) for _, found in self._found(model.graph))
+        return any(not isinstance(found, str) for _, found in self._found(model.graph, operators))
 
-    def idle(self, model: ir.Model) -> bool:
-        """Whether nothing matches."""
-        return not self.fires(model)
+    def idle(self, model: ir.Model, operators: Operators | None = None) -> bool:
+        """Whether nothing matches; ``operators`` are those of the main graph, where the caller has them."""
+        return not self.fires(model, operators)
 
     def refusals(self, model: ir.Model) -> list[Refusal]:
         """The near misses, with their reasons."""

@@ -22,31 +22,41 @@ from lamina.passes.pass_ import Fold
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
 )
+_SOMETIMES = frozenset({"BatchNormalization", "CastLike", "Dropout", "SplitToSequence"})
 _STANDARD = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")
 _NUMBERS = count()  # no two hidden nodes share a domain, so nothing takes one for the other
 
 
 def is_fenced(node: ir.Node) -> bool:
     """Whether a node is random, stateful, in training mode, or of a domain nothing is known about."""
-    if node.domain not in _STANDARD or node.op_type in _RANDOM:
+    op_type = node.op_type
+    if node.domain not in _STANDARD or op_type in _RANDOM:
         return True
+    if op_type in _SOMETIMES and _is_exception(node):
+        return True
+    return not all(
+        [v.name for v in node.outputs]
+    )  # trap: CSE would let a left-out output stand for a used one
+
+
+def _is_exception(node: ir.Node) -> bool:
+    """Whether an operator that libraries handle is used in a way that they get wrong."""
     if node.op_type == "BatchNormalization":  # trap: the fusion rules do not look at training_mode
         return bool(node.attributes.get_int("training_mode", 0)) or len(node.outputs) > 1
-    if node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None:
-        mode = constant(node.inputs[2])
-        return mode is None or bool(mode.any())
-    if node.op_type == "CastLike" and node.attributes:  # trap: onnxscript's Cast forgets saturate=0
-        return True
-    if node.op_type == "SplitToSequence" and len(node.inputs) > 1 and node.inputs[1] is not None:
-        return constant(node.inputs[1]) is None  # trap: onnxscript takes for granted that it is known
-    return any(not v.name for v in node.outputs)  # trap: CSE would let a left-out output stand for a used one
+    if node.op_type == "CastLike":  # trap: onnxscript's Cast forgets saturate=0
+        return bool(node.attributes)
+    place = 2 if node.op_type == "Dropout" else 1
+    if len(node.inputs) <= place or node.inputs[place] is None:
+        return False
+    known = constant(node.inputs[place])  # trap: onnxscript takes for granted that SplitToSequence's is known
+    return known is None or (node.op_type == "Dropout" and bool(known.any()))
 
 
 def stuck_identities(nodes: Iterable[ir.Node]) -> set[ir.Node]:
     """The Identity nodes whose removal would lose an output name that the interface or a subgraph needs."""
     stuck, named = set(), set()
-    for node in nodes:
-        if node.op_type != "Identity" or not node.inputs or not node.outputs[0].is_graph_output():
+    for node in [n for n in nodes if n.op_type == "Identity"]:
+        if not node.inputs or not node.outputs[0].is_graph_output():
             continue
         source = _source(node)
         producer = None if source is None else source.producer()
@@ -82,7 +92,7 @@ def protected(model: ir.Model, nodes: Sequence[ir.Node] | None = None) -> Iterat
         nodes: All of its nodes, where the caller has them at hand.
     """
     nodes = list(every_node(model.graph)) if nodes is None else nodes
-    opaque = any(n.domain not in STANDARD and n.attributes.data for n in nodes)
+    opaque = any([n.domain not in STANDARD and n.attributes.data for n in nodes])
     with opaque_subgraphs_hidden(model) if opaque else nullcontext():
         seen = list(every_node(model.graph)) if opaque else nodes
         stuck = stuck_identities(seen)
@@ -103,9 +113,12 @@ def hidden(nodes: list[ir.Node]) -> Iterator[None]:
             node.domain = domain
 
 
-def adopt_names(nodes: Iterable[ir.Node], owners: dict[str, str], rewriter: Rewriter) -> None:
+def adopt_names(nodes: Sequence[ir.Node], owners: dict[str, str], rewriter: Rewriter) -> None:
     """Name what a library added: a node after the node that gave its output before, else freshly."""
-    known, used = set(owners.values()), set()
+    known, used = set(owners.values()), set[str]()
+    names = {n.name for n in nodes}
+    if len(names) == len(nodes) and names <= known:
+        return  # all were there before
     newcomers: list[ir.Node] = []
     for node in nodes:
         if node.name in known and node.name not in used:
@@ -148,7 +161,7 @@ class LibraryFold(Fold):
         self, rewriter: Rewriter, before: dict[str | None, str], nodes: list[ir.Node], weights_before: int
     ) -> None:
         after = {n.name: n.op_type for n in nodes}
-        for name, op_type in before.items():
+        for name, op_type in before.items() if before != after else ():
             now = after.get(name)
             if now != op_type:
                 why = f"{op_type} was removed" if now is None else f"{op_type} became {now}"

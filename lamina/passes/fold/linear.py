@@ -276,9 +276,11 @@ def write(
     if linear.carrier is not None:
         at = next(i for i, v in enumerate(linear.carrier.inputs) if v is linear.bias)
         linear.carrier.replace_input_with(at, value)
+        if source is not None:
+            node.outputs[0].shape = _product_shape(linear, source)
         return linear.output
     if node.op_type == "MatMul":
-        return _with_add(rewriter, node, value)
+        return _with_add(rewriter, linear, value)
     if len(node.inputs) < 3:
         node.resize_inputs(3)
     node.replace_input_with(2, value)
@@ -286,8 +288,16 @@ def write(
     return linear.output
 
 
-def _with_add(rewriter: Rewriter, node: ir.Node, bias: ir.Value) -> ir.Value:
+def _with_add(rewriter: Rewriter, linear: Linear, bias: ir.Value) -> ir.Value:
+    node, source = linear.node, linear.node.inputs[0]
     output, label = node.outputs[0], f"{node.name}_projection"
     product = rewriter.at(node).op("MatMul", list(node.inputs), name=label, dtype=output.dtype)
-    product.shape = None if output.shape is None else output.shape.copy()
+    product.shape = None if source is None else _product_shape(linear, source)
     return substitute(rewriter, output, "Add", [product, bias]).outputs[0]
+
+
+def _product_shape(linear: Linear, source: ir.Value) -> ir.Shape | None:
+    """The shape of source times matrix, which need not be that of y: a bias may add axes and repeat rows."""
+    if source.shape is None:
+        return None
+    return ir.Shape([*list(source.shape)[:-1], linear.channels_out])

@@ -23,12 +23,12 @@ from lamina.passes.fold.catalog import (
     canonical,
     load,
 )
-from lamina.passes.fold.graph import LocalFold, every_node
+from lamina.passes.fold.graph import LocalFold, Operators, every_node
 from lamina.passes.fold.thorough import verify_outputs
 from lamina.passes.pass_ import Fold
 
 _ROUNDS = 4
-Fingerprint = tuple[int, ...]
+Fingerprint = list[tuple[object, ...]]
 
 
 def form_names() -> tuple[str, ...]:
@@ -127,6 +127,7 @@ class _Run:
     careful: bool = True
     _now: Fingerprint = field(init=False)
     _settled: dict[str, int] = field(default_factory=dict)
+    _operators: Operators | None = None  # None: not looked at since the last change
 
     def __post_init__(self) -> None:
         self.model = self.program.clone().model
@@ -150,9 +151,7 @@ class _Run:
             return False
         records: list[Rewrite] = []
         try:
-            self.model, now = _guarded(
-                name, self.model, self._now, self.program, records, verify=self.careful
-            )
+            now = self._now if self._is_idle(name) else self._guarded(name, records)
         except Exception as error:  # a library's bug must not stop the user; it is on record
             if not self.careful:
                 raise
@@ -161,12 +160,25 @@ class _Run:
         if now == self._now:
             self._settled[name] = len(self.applied)
             return False
-        self._now = now
+        self._now, self._operators = now, None
         self.applied.append(name)
         self.records.extend(records)
         if name in UNAFFECTED:
             self._settled[name] = len(self.applied)
         return True
+
+    def _is_idle(self, name: str) -> bool:
+        """Whether a pass that looks at one node at a time finds none: those share one view of the graph."""
+        found = load(name)
+        if not isinstance(found, LocalFold):
+            return False
+        if self._operators is None:
+            self._operators = Operators(self.model.graph)
+        return found.idle(self.model, self._operators)
+
+    def _guarded(self, name: str, records: list[Rewrite]) -> Fingerprint:
+        self.model, now = _guarded(name, self.model, self._now, self.program, records, verify=self.careful)
+        return now
 
     def _is_settled(self, name: str) -> bool:
         """Whether nothing that concerns the pass changed since it found nothing more to do."""
@@ -179,7 +191,7 @@ class _Run:
         reason = error.what if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
         self.records.append(Rewrite(load(name).name, "model", f"undone: {reason.splitlines()[0][:200]}"))
         self.model = apply_named(self.program, self.applied).model
-        self._now = fingerprint(self.model)
+        self._now, self._operators = fingerprint(self.model), None
 
 
 def _guarded(
@@ -219,20 +231,16 @@ def _with_opset(found: Fold, model: ir.Model) -> ir.Model:
 
 
 def fingerprint(model: ir.Model) -> Fingerprint:
-    """Numbers that differ when nodes, edges, names or types do; valid while the model lives."""
-    parts = [hash((tuple(sorted(model.opset_imports.items())), tuple(model.graph.initializers)))]
+    """What differs when nodes, edges, names or types do."""
+    parts: Fingerprint = [(dict(model.opset_imports), tuple(model.graph.initializers))]
     for node in every_node(model.graph):
-        label = (id(node), node.name, node.domain, node.op_type, len(node.attributes.data))
-        inputs = tuple([None if v is None else v.name for v in node.inputs])
-        parts.append(hash((label, inputs, tuple([_kind(v) for v in node.outputs]))))
-    parts.append(hash(tuple([v.name for v in model.graph.outputs])))
-    return tuple(parts)
-
-
-def _kind(value: ir.Value) -> tuple[object, ...]:
-    shape = value.shape
-    dims = None if shape is None else tuple([d if isinstance(d, int) else d.value for d in shape.dims])
-    return (value.name, value.dtype, dims)
+        parts.append((node, node.name, node.domain, node.op_type, len(node.attributes.data), node.inputs))
+        for value in node.outputs:
+            kind, shape = value.type, value.shape
+            dims = None if shape is None else shape.dims
+            parts.append((value.name, None if kind is None else kind.dtype, dims))
+    parts.append(tuple([v.name for v in model.graph.outputs]))
+    return parts
 
 
 def _keep_interface(pass_name: str, model: ir.Model, program: Program) -> None:

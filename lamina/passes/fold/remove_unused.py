@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from lamina.ir.names import every_graph
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.graph import every_node
 from lamina.passes.fold.library import LibraryFold, common
@@ -27,7 +28,7 @@ class RemoveUnused(LibraryFold):
         """Whether everything is read."""
         if model.functions or set(model.opset_imports) - {""}:
             return False
-        if not all(_read(v) for graph in model.graphs() for v in graph.initializers.values()):
+        if not all(_read(v) for graph in every_graph(model.graph) for v in graph.initializers.values()):
             return False
         return all(_read(v) for n in every_node(model.graph) for v in n.outputs)
 

@@ -67,17 +67,17 @@ class SimplifyPatterns(LibraryFold):
 
 
 class _ByRoot:
-    """Rules as one rule that asks, at a node, only those whose pattern ends in its operator.
+    """Rules as one rule that asks, at a node, only those whose pattern may end there.
 
     The library asks every rule at every node: most of its time, for a set as large as this one.
     """
 
     def __init__(self, rules: Sequence[Any]) -> None:
         self._rules = rules
-        self._by_root: dict[str, list[Any]] = {}
+        self._by_root: dict[str, list[tuple[Any, list[_Need]]]] = {}
         for rule in rules:
             for output in rule._target_pattern.output_nodes:
-                self._by_root.setdefault(output.op_type, []).append(rule)
+                self._by_root.setdefault(output.op_type, []).append((rule, _needs(output)))
         # What the library reads of the rule that was applied last; False has it sweep up at the end.
         self.remove_nodes, self.as_function, self.name = False, False, None
 
@@ -92,8 +92,9 @@ class _ByRoot:
                 rule.graph_post_visitor()
 
     def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
-        for rule in self._by_root.get(node.op_type, ()):
-            delta = rule.try_rewrite(model, graph, node, **options)
+        for rule, needs in self._by_root.get(node.op_type, ()):
+            possible = all([need.is_met(node) for need in needs])
+            delta = rule.try_rewrite(model, graph, node, **options) if possible else None
             if delta is not None:
                 self.remove_nodes, self.as_function, self.name = (
                     rule.remove_nodes,
@@ -102,6 +103,40 @@ class _ByRoot:
                 )
                 return delta
         return None
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What a pattern wants of one input: an operator that gives it, or a certain number."""
+
+    index: int
+    op_type: str | None
+    number: float | None = None
+
+    def is_met(self, node: ir.Node) -> bool:
+        """Whether it is there."""
+        value = node.inputs[self.index] if self.index < len(node.inputs) else None
+        if value is None:
+            return False
+        if self.op_type is not None:
+            producer = value.producer()
+            return producer is not None and producer.op_type == self.op_type
+        tensor = value.const_value
+        return tensor is not None and tensor.size == 1 and bool(tensor.numpy().item() == self.number)
+
+
+def _needs(root: Any) -> list[_Need]:
+    """What must be there for a pattern that ends in ``root`` to match, as far as it is cheap to see."""
+    found = []
+    for i, value in enumerate(root.inputs):
+        producer = None if value is None else value.producer()
+        if producer is not None and producer.op_identifier() is not None:
+            found.append(_Need(i, producer.op_type))
+        elif isinstance(getattr(value, "value", None), (int, float)) and not (
+            value._rel_tol or value._abs_tol
+        ):
+            found.append(_Need(i, None, value.value))
+    return found
 
 
 def _neutral_rules() -> list[Any]:

@@ -1,0 +1,100 @@
+"""Compensation after a plan, and planning with replaced branches: whole runs on random residual MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from stacked_model import WIDTH, stacked
+from tiny import shorten_timing
+
+import lamina
+from lamina.passes.drop_branch import DropBranch
+from lamina.passes.pass_ import Option, Site
+from lamina.passes.replace_branch import ReplaceBranch
+from lamina.planner.mend import standing
+from lamina.planner.plan import Move, Plan
+
+
+@pytest.fixture(scope="module", autouse=True)
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAMINA_CACHE", str(tmp_path_factory.getbasetemp() / "lamina-cache"))
+        shorten_timing(patch)
+        yield
+
+
+def _optimize(budget: str, transforms: list[str], **options: Any) -> lamina.Result:
+    x = np.random.default_rng(1).normal(size=(240, 6, WIDTH)).astype(np.float32)
+    return lamina.optimize(
+        stacked(6).model,
+        budget,
+        data={"x": x},
+        transforms=transforms,
+        target="ort:cpu?threads=1",
+        workload="1x6",
+        seconds=4,
+        seed=0,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def dropped() -> lamina.Result:
+    return _optimize("size<=0.72x", ["drop"])
+
+
+def test_a_plan_is_repaired_where_that_lowers_the_damage(dropped: lamina.Result) -> None:
+    told = dropped.evidence["compensation"]
+    assert told["kept"]
+    assert told["after"] < 0.9 * told["before"]
+    assert dropped.plan.repairs
+    assert dropped.evidence["damage"] < told["before"]
+
+
+def test_the_plan_reproduces_the_repaired_program(dropped: lamina.Result) -> None:
+    again = lamina.apply(stacked(6).model, Plan.from_json(dropped.plan.to_json()))
+    assert _bytes(again.model) == _bytes(dropped.program.model)
+
+
+def test_a_replaced_branch_is_planned_priced_and_reproduced() -> None:
+    result = _optimize("size<=0.85x", ["direct-matching"])
+    assert {m.site.transform for m in result.plan.moves} == {"direct-matching"}
+    assert result.evidence["size_ratio"] <= 0.85
+    again = lamina.apply(stacked(6).model, Plan.from_json(result.plan.to_json()))
+    assert _bytes(again.model) == _bytes(result.program.model)
+
+
+def test_runs_of_dropped_branches_stand_for_the_last_sum() -> None:
+    program = stacked(4)
+    transform = DropBranch()
+    sites = [s for s in transform.sites(program) if isinstance(s, Site)]
+    moves = [Move(s, Option("drop")) for s in sites[1:3]]
+    assert standing(moves, program) == {"add0_out": "add2_out", "add1_out": "add2_out"}
+
+
+def test_what_replaces_a_branch_stands_for_its_sum() -> None:
+    program = stacked(3)
+    site = next(s for s in ReplaceBranch().sites(program) if isinstance(s, Site))
+    renamed = program.clone()
+    node = next(n for n in renamed.graph if n.name == "add0")
+    node.outputs[0].name = "add0_matched_bias_out"
+    assert standing([Move(site, Option("full"))], renamed) == {"add0_matched_bias_out": "add0_out"}
+    assert standing([Move(site, Option("bias"))], program) == {"x": "add0_out"}
+
+
+def test_a_plan_that_misses_the_bound_a_little_is_repaired_into_it(dropped: lamina.Result) -> None:
+    told = dropped.evidence["compensation"]
+    bound = (told["before"] + told["after"]) / 2 * 1.05
+    result = _optimize(f"size<=0.95x, drop<={bound:.4f}", ["drop"], minimize="size")
+    assert result.evidence["compensation"]["kept"]
+    assert result.evidence["compensation"]["before"] > bound
+    assert result.evidence["damage"] <= bound
+
+
+def _bytes(model: ir.Model) -> bytes:
+    proto: Any = ir.to_proto(model)
+    return bytes(proto.SerializeToString(deterministic=True))

@@ -1,0 +1,1 @@
+"""Studies of depth: what dropping, replacing and repairing branches costs in quality."""
