@@ -1,11 +1,11 @@
 """How far each metric can be trusted, on every model of the reference data.
 
-    python -m tools.studies.metric_trust --out DIR [--models resnet20 kwt1]   measure; goes on where it stopped
-    python -m tools.studies.metric_trust --out DIR --docs                     tables and plot for docs/
+    python -m tools.studies.metric_trust --out DIR [--models resnet20 kwt1]
 
-For each metric: rank correlation and overlap with the damage measured when each site is really changed, the
-seconds it costs on one thread, and the samples after which its ranks settle. Reads ../shared/data (or
-$LAMINA_REFERENCE).
+For each metric: rank correlation and overlap with the damage measured when each site is really changed, what
+it costs, and how well two halves of its data agree. Prints a table; writes ``metric_trust.json`` and
+``metric_trust.svg`` into DIR, and docs/metric_trust.md and .svg once DIR has every model. What DIR has from a
+run that was cut off is kept. CPU seconds, one thread. Reads ../shared/data (or $LAMINA_REFERENCE).
 """
 
 from __future__ import annotations
@@ -17,28 +17,34 @@ from pathlib import Path
 from tools.studies.metric_trust import report, study
 from tools.studies.metric_trust.subjects import NAMES
 
+DOCS = Path(__file__).resolve().parents[3] / "docs"
 
-def main() -> None:
-    """Measure, or write what was measured."""
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is missing, print the table, write what is known."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of results, one file a model")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results and of what is kept")
     parser.add_argument("--models", nargs="*", choices=NAMES, default=list(NAMES))
-    parser.add_argument("--docs", action="store_true", help="write docs/metric_trust.md and .svg from --out")
-    arguments = parser.parse_args()
-    if arguments.docs:
-        report.write(arguments.out, Path(__file__).resolve().parents[3] / "docs")
-        return
+    options = parser.parse_args(arguments)
     start = time.perf_counter()
-    study.run(
-        arguments.models,
-        arguments.out,
-        lambda text: print(f"[{time.perf_counter() - start:6.0f} s] {text}", flush=True),
-    )
+
+    def say(text: str) -> None:
+        print(f"[{time.perf_counter() - start:6.0f} s] {text}", flush=True)
+
+    results = study.run(options.models, options.out, say)
+    print(report.write(results, options.out))
+    if {r["model"] for r in results} >= set(NAMES):
+        report.write_docs(results, DOCS)
+    else:
+        say("not every model: docs/metric_trust.md stays as it is")
 
 
 if __name__ == "__main__":
+    from lamina.ir.fx import require_torch
+
+    require_torch()
     import torch
 
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Agreement of two rankings of the same sites, and how many samples one needs to settle."""
+"""Agreement of two rankings of the same sites."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 from scipy.stats import rankdata
 
 RESAMPLES = 500
-STABLE = 0.95
 # Fewest sites whose rank correlation says anything.
 LEAST_SITES = 5
 
@@ -67,24 +66,3 @@ def paired(
     if len(sites) < LEAST_SITES or not np.isfinite(spearman(a, b)):
         return None
     return a, b
-
-
-def stable_at(values: Mapping[int, Mapping[str, float]], threshold: float = STABLE) -> int | None:
-    """Fewest samples from which on every rank correlation with the largest sample's reaches ``threshold``.
-
-    Args:
-        values: Samples -> site -> value.
-        threshold: Rank correlation that counts as settled.
-
-    Returns:
-        None where not even the second largest sample does (or there is only one).
-    """
-    sizes = sorted(values)
-    reached = None
-    for size in reversed(sizes[:-1]):
-        sites = [s for s in values[sizes[-1]] if s in values[size]]
-        rho = spearman([values[size][s] for s in sites], [values[sizes[-1]][s] for s in sites])
-        if not rho >= threshold:
-            break
-        reached = size
-    return reached

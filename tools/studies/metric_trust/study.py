@@ -1,92 +1,141 @@
-"""One model at a time: truth, ratings, and a JSON file that holds both."""
+"""One model at a time: truth, ratings and facts, each part kept on disk as soon as it is measured."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.studies.metric_trust import ratings, subjects
+import numpy as np
+
+from lamina.ir.branches import find_branches
+from tools.studies.metric_trust import facts, ratings, subjects
 from tools.studies.metric_trust.ratings import TRACED, Rating, attempt
-from tools.studies.metric_trust.truth import measure, variants_of
+from tools.studies.metric_trust.subjects import Subject
+from tools.studies.metric_trust.truth import KINDS, Measured, measure, variants_of
+
+Say = Callable[[str], None]
+Json = dict[str, Any]
+# Raise it when what is measured changes: parts of other versions are measured again.
+VERSION = 1
 
 
-def run(names: list[str], out: Path, say: Callable[[str], None]) -> None:
-    """Study the models that ``out`` does not have yet; what is done is kept if the run is cut off."""
+def run(names: Sequence[str], out: Path, say: Say) -> list[Json]:
+    """Study the models; parts that ``out`` has, of the same model and samples, are not measured again."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        path = out / f"{name}.json"
-        if path.exists():
-            say(f"{name}: kept from before")
+    return [study(subjects.load(name), out / "parts" / name, say) for name in names]
+
+
+def study(subject: Subject, folder: Path, say: Say) -> Json:
+    """Everything measured of one model.
+
+    Args:
+        subject: The model and its data.
+        folder: Keeps a JSON file a part: a run that is cut off goes on behind the last one.
+        say: Told what begins.
+
+    Returns:
+        Its name, samples, seconds of a plain run, branches, ratings, truths, facts, refusals.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = _Kept(folder, signature(subject), f"{subject.name}: ", say)
+    branches = [[b.name, b.kind] for b in find_branches(subject.program).branches]
+    parts = [
+        kept("forward", lambda told: [*ratings.forward(subject), *ratings.of_weights(subject)]),
+        kept("gradients", lambda told: attempt(lambda: ratings.gradients(subject), told, "gradients")),
+    ]
+    truths: Json = {}
+    for kind in KINDS:
+        part = kept(f"truth {kind}", lambda told, kind=kind: _truth(subject, kind))
+        if not part["value"]["sites"]:
             continue
-        start = time.perf_counter()
-        found = study(name, out / f"{name}.parts", say)
-        found["seconds"] = time.perf_counter() - start
-        temporary = path.with_suffix(".new")
-        temporary.write_text(json.dumps(found, indent=1))
-        temporary.replace(path)
-        say(f"{name}: done in {found['seconds']:.0f} s")
-
-
-def study(name: str, parts: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Truth and ratings of one model; each kind of change is saved in ``parts`` once it is measured."""
-    subject = subjects.load(name)
-    told: dict[str, str] = {}
-    parts.mkdir(exist_ok=True)
-    whole = _kept(parts / "whole.json", lambda: _whole(subject, say))
-    found: list[dict[str, Any]] = [*whole["ratings"]]
-    told.update(whole["refused"])
-    truths: dict[str, Any] = {}
-    for kind, variants in variants_of(subject.program, subject.calibration):
-        if not variants:
-            continue
-
-        def measure_kind(kind: str = kind, variants: Any = variants) -> dict[str, Any]:
-            return _kind(subject, kind, variants, say)
-
-        part = _kept(parts / f"{kind}.json", measure_kind)
-        truths[kind] = part["truth"]
-        found += part["ratings"]
-        told.update(part["refused"])
+        truths[kind] = part["value"]
+        parts.append(kept(f"ratings {kind}", lambda told, kind=kind: _ratings(subject, kind, told)))
+    plain = kept("plain run", lambda told: ratings.plain_run_seconds(subject))["value"]
+    known = kept("facts", lambda told: facts.facts(subject))["value"]
     return {
-        "model": name,
+        "model": subject.name,
         "inputs": subject.inputs,
+        "task": subject.task,
         "calibration": subject.calibration.samples,
-        "plain_run_s": whole["plain_run_s"],
+        "report": subject.report.samples,
+        "branches": branches,
+        "plain_run_s": plain,
         "truths": truths,
-        "ratings": found,
-        "refused": told,
+        "ratings": [rating for part in parts for rating in part["value"]],
+        "refused": {name: why for part in parts for name, why in part["refused"].items()},
+        "facts": known,
+        "seconds": kept.seconds,
     }
 
 
-def _whole(subject: subjects.Subject, say: Callable[[str], None]) -> dict[str, Any]:
-    told: dict[str, str] = {}
-    say(f"{subject.name}: forward metrics")
-    found = attempt(lambda: ratings.forward(subject), told, "forward metrics")
-    say(f"{subject.name}: gradients")
-    found += attempt(lambda: ratings.gradients(subject), told, "gradients")
-    plain = ratings.plain_run_seconds(subject)
-    return {"ratings": [r.plain() for r in found], "refused": told, "plain_run_s": plain}
+def signature(subject: Subject) -> str:
+    """Of the model and of the samples: a part measured on others is of no use."""
+    digest = hashlib.sha256(f"{VERSION} {subject.program.fingerprint} {subject.task}".encode())
+    for data in (subject.calibration, subject.report):
+        for name, array in (*data.inputs.items(), *data.extras.items()):
+            digest.update(f"{name} {array.shape} {array.dtype}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
-def _kind(subject: subjects.Subject, kind: str, variants: Any, say: Callable[[str], None]) -> dict[str, Any]:
-    told: dict[str, str] = {}
-    say(f"{subject.name}: {kind}, {len(variants)} sites on {subject.report.samples} samples")
-    truth = measure(subject.program, variants, subject.report, subject.task)
-    found: list[Rating] = attempt(lambda: ratings.measured(subject, kind, variants), told, f"measured, {kind}")
-    found += ratings.baselines(subject, kind, list(variants))
+class _Kept:
+    """Parts on disk; ``seconds`` sums what they took, in this run and in earlier ones."""
+
+    def __init__(self, folder: Path, signed: str, prefix: str, say: Say) -> None:
+        self._folder, self._signed, self._prefix, self._say = folder, signed, prefix, say
+        self.seconds = 0.0
+
+    def __call__(self, name: str, make: Callable[[dict[str, str]], Any]) -> Json:
+        path = self._folder / f"{name.replace(' ', '-')}.json"
+        part = _read(path)
+        if part is None or part.get("signature") != self._signed:
+            self._say(self._prefix + name)
+            start, told = time.perf_counter(), {}
+            value = make(told)
+            if isinstance(value, list):
+                value = [v.plain() if isinstance(v, Rating) else v for v in value]
+            took = time.perf_counter() - start
+            part = {"signature": self._signed, "value": value, "refused": told, "seconds": took}
+            temporary = path.with_suffix(".new")
+            temporary.write_text(json.dumps(part))
+            temporary.replace(path)
+        self.seconds += part["seconds"]
+        return part
+
+
+def _read(path: Path) -> Json | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _truth(subject: Subject, kind: str) -> Json:
+    """Damage on report samples, which no metric sees."""
+    variants = variants_of(subject.program, subject.calibration, kind)
+    if not variants:
+        return {"sites": 0}
+    found: Measured = measure(subject.program, variants, subject.report, subject.task)
+    return {
+        "sites": len(variants),
+        "metric": found.metric,
+        "samples": found.samples,
+        "divergence": found.on(slice(None)),
+        "halves": [found.on(slice(0, None, 2)), found.on(slice(1, None, 2))],
+        "task": dict(found.task),
+        "seconds": found.seconds,
+    }
+
+
+def _ratings(subject: Subject, kind: str, told: dict[str, str]) -> list[Rating]:
+    variants = variants_of(subject.program, subject.calibration, kind)
+    found = attempt(lambda: ratings.measured(subject, kind, variants), told, f"measured, {kind}")
+    found += ratings.baselines(subject, kind, variants)
     if kind in TRACED:
         found += attempt(lambda: ratings.traced(subject, kind, variants), told, f"gradient-trace, {kind}")
-    say(f"{subject.name}: {kind} took {truth['seconds']:.0f} s")
-    return {"truth": truth, "ratings": [r.plain() for r in found], "refused": told}
-
-
-def _kept(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if path.exists():
-        kept: dict[str, Any] = json.loads(path.read_text())
-        return kept
-    made = make()
-    path.write_text(json.dumps(made))
-    return made
+    return found

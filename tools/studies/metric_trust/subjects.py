@@ -31,6 +31,7 @@ class Subject:
         report: What damage is measured on.
         task: lamina's metric of the task; None where there are no labels.
         inputs: Where the inputs come from.
+        few: Most calibration samples that damage is measured on to see how few will do.
     """
 
     name: str
@@ -39,24 +40,28 @@ class Subject:
     report: Dataset
     task: str | None
     inputs: str
+    few: int = 16
 
 
 @dataclass(frozen=True)
 class _Size:
     calibration: int
     report: int
+    few: int = 16
 
 
-# Samples (pairs for minilm): enough that two halves of the truth agree, and 25 minutes for all models.
+# Samples (of minilm's report: pairs). As many as fit, all models together, in about 25 minutes of one busy
+# core; the agreement of two halves of the truth, which the page shows, says whether that is enough.
 _SIZES = {
-    "resnet20": _Size(128, 256),
-    "resnet56": _Size(128, 192),
-    "mobilenet": _Size(64, 128),
-    "kwt1": _Size(128, 256),
-    "stories260k": _Size(64, 96),
-    "minilm": _Size(128, 64),
+    "resnet20": _Size(128, 512, 64),
+    "resnet56": _Size(128, 64, 64),
+    "mobilenet": _Size(64, 192, 64),
+    "kwt1": _Size(128, 64, 64),
+    "stories260k": _Size(64, 48, 64),
+    "minilm": _Size(64, 16),
 }
-_WILD = _Size(32, 32)
+_WILD = _Size(32, 16)
+_LARGE = {name: _Size(16, 12, 4) for name in ("fastestdet", "gtcrn_simple", "ultraface_rfb320")}
 NAMES = (*_SIZES, *_ZOO, "ultraface_rfb320")
 
 
@@ -81,9 +86,8 @@ def _task(name: str) -> Subject:
     if name == "stories260k":
         report, calibration = ({k: v[:, :_TOKENS] for k, v in p.items()} for p in (report, calibration))
     data = [load_data(p, program, batch_size=8) for p in (calibration, report)]
-    return Subject(
-        name, program, _spread(data[0], size.calibration), _spread(data[1], size.report), case.metric, "task data"
-    )
+    parted = _spread(data[0], size.calibration), _spread(data[1], size.report)
+    return Subject(name, program, *parted, case.metric, "task data", size.few)
 
 
 def _spread(data: Dataset, count: int) -> Dataset:
@@ -93,8 +97,8 @@ def _spread(data: Dataset, count: int) -> Dataset:
 
 
 def _wild(name: str) -> Subject:
-    program = capture(ROOT / "zoo" / f"{name}.onnx")
-    count = _WILD.calibration + _WILD.report
+    program, size = capture(ROOT / "zoo" / f"{name}.onnx"), _LARGE.get(name, _WILD)
+    count = size.calibration + size.report
     make = _INPUTS.get(name)
     if make is None:
         data, where = synthetic(program, count), "synthetic noise"
@@ -102,12 +106,17 @@ def _wild(name: str) -> Subject:
         arrays, where = make(count)
         data = load_data(arrays, program)
     order = np.random.default_rng(0).permutation(data.samples)
-    calibration, report = data.rows(order[: _WILD.calibration]), data.rows(order[_WILD.calibration :])
-    return Subject(name, program, calibration, report, None, where)
+    calibration, report = data.rows(order[: size.calibration]), data.rows(order[size.calibration :])
+    return Subject(name, program, calibration, report, None, where, size.few)
 
 
 def _photos(
-    count: int, name: str, height: int, width: int, scale: Callable[[np.ndarray], np.ndarray], gray: bool = False
+    count: int,
+    name: str,
+    height: int,
+    width: int,
+    scale: Callable[[np.ndarray], np.ndarray],
+    gray: bool = False,
 ) -> tuple[Mapping[str, np.ndarray], str]:
     """ImageNet crops, nearest neighbour to the wanted size."""
     with np.load(ROOT / "sets" / "imagenet_sample_400.npz") as file:
@@ -116,7 +125,9 @@ def _photos(
     columns = np.arange(width) * images.shape[2] // width
     picked = images[:, rows][:, :, columns].astype(np.float32)
     picked = picked.mean(axis=-1, keepdims=True) if gray else picked
-    return {name: np.ascontiguousarray(scale(picked).transpose(0, 3, 1, 2)).astype(np.float32)}, "ImageNet crops"
+    return {
+        name: np.ascontiguousarray(scale(picked).transpose(0, 3, 1, 2)).astype(np.float32)
+    }, "ImageNet crops"
 
 
 def _bytes(count: int) -> tuple[Mapping[str, np.ndarray], str]:

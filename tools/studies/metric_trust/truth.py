@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -20,49 +20,54 @@ from lamina.passes.single_drops import drop_variants
 from lamina.planner.apply import apply_moves
 from lamina.planner.plan import Move
 from lamina.quality import get_metric
-from lamina.quality.metric import Metric
 
-WIDTHS = (8, 4, 3, 2)
-# The product's own forms, beside plain rounding: blocks of 32 with clipping, and integer arithmetic.
-FORMS = {"stored-w4": "w4 blocks", "w8a8-static": "w8a8"}
+WIDTHS = (8, 4, 2)
+# The product's integer arithmetic with ranges from the calibration data, beside plain rounding.
+FORM, INTEGER = "w8a8-static", "w8a8"
+BITS = (*(f"w{b}" for b in WIDTHS), INTEGER)
+KINDS = ("drop", *BITS)
 Variants = Mapping[str, Program]
 
 
-def variants_of(program: Program, calibration: Dataset) -> Iterator[tuple[str, Variants]]:
-    """Each kind of change with its variants: ``drop``, ``w8``, ``w4``, ``w3``, ``w2``, ``w4 blocks``, ``w8a8``."""
-    yield "drop", drop_variants(program)
-    for bits in WIDTHS:
-        yield f"w{bits}", rounded_variants(program, bits)
-    transform = Quantize(forms=tuple(FORMS), carriers=False)
+def variants_of(program: Program, calibration: Dataset, kind: str) -> Variants:
+    """Site -> the program with that site changed; ``kind`` is one of :data:`KINDS`."""
+    if kind == "drop":
+        return drop_variants(program)
+    if kind != INTEGER:
+        return rounded_variants(program, int(kind[1:]))
+    transform = Quantize(forms=(FORM,), carriers=False)
     sites = [s for s in transform.sites(program) if isinstance(s, Site)]
     values = sorted({v for s in sites for v in (*s.inputs, *s.outputs)})
-    statistics = collect(program, calibration, ranges=values, threads=1) if values else None
+    if not values:
+        return {}
+    statistics = collect(program, calibration, ranges=values, threads=1)
     moves = [
         Move(site, option)
         for site in sites
         if site.kind != "embedding"
         for option in transform.options(site, program, statistics, None)
+        if option.name == FORM
     ]
-    for form, label in FORMS.items():
-        yield label, {m.site.nodes[0]: apply_moves(program, [m]) for m in moves if m.option.name == form}
+    return {m.site.nodes[0]: apply_moves(program, [m]) for m in moves}
 
 
 def rounded_variants(program: Program, bits: int) -> dict[str, Program]:
-    """Operator -> the program with its weights rounded to nearest, symmetric, one scale an output channel.
+    """Operator -> the program with its weights rounded to nearest, symmetric, one scale an output channel."""
+    names = dict.fromkeys(operator.name for operator in weighted_operators(program))
+    return {name: rounded(program, [name], bits) for name in names}
+
+
+def rounded(program: Program, names: Sequence[str], bits: int) -> Program:
+    """The program with the weights of the named operators rounded.
 
     Stored as float again, so that any width can be measured. An operator of two weights (recurrent ones) gets
     both rounded; a weight that other operators read stays as it was for those.
     """
-    by_node: dict[str, list[WeightedOperator]] = {}
+    changed = program.clone()
     for operator in weighted_operators(program):
-        by_node.setdefault(operator.name, []).append(operator)
-    found = {}
-    for name, operators in by_node.items():
-        changed = program.clone()
-        for operator in operators:
+        if operator.name in names:
             _round(changed, operator, bits)
-        found[name] = changed
-    return found
+    return changed
 
 
 def _round(program: Program, operator: WeightedOperator, bits: int) -> None:
@@ -75,7 +80,9 @@ def _round(program: Program, operator: WeightedOperator, bits: int) -> None:
         value.const_value = made
         return
     name = f"{value.name}.w{bits}"
-    other = ir.Value(name=name, shape=value.shape, type=value.type, const_value=ir.tensor(made.numpy(), name=name))
+    other = ir.Value(
+        name=name, shape=value.shape, type=value.type, const_value=ir.tensor(made.numpy(), name=name)
+    )
     program.graph.register_initializer(other)
     for use in value.uses():
         if use.node.name == operator.name:
@@ -92,55 +99,65 @@ def round_weights(array: np.ndarray, axis: int | None, bits: int) -> np.ndarray:
     return np.asarray(np.clip(np.rint(wide / safe), -most, most) * safe).astype(array.dtype)
 
 
-def measure(
-    program: Program,
-    variants: Variants,
-    data: Dataset,
-    task: str | None,
-    told: Callable[[int], None] = lambda samples: None,
-) -> dict[str, Any]:
-    """Damage of every variant, on one thread.
+@dataclass(frozen=True)
+class Measured:
+    """What single-site runs found.
+
+    Attributes:
+        metric: The divergence.
+        rows: Site -> the divergence's features, a row a sample.
+        score: Features of some samples -> their divergence.
+        task: Site -> damage on the task; empty without one.
+        setup_s: Seconds before the second batch: cutting the programs, compiling them, one batch.
+        seconds: All of it.
+    """
+
+    metric: str
+    rows: Mapping[str, np.ndarray]
+    score: Callable[[np.ndarray], float]
+    task: Mapping[str, float]
+    setup_s: float
+    seconds: float
+
+    @property
+    def samples(self) -> int:
+        """How many were run."""
+        return min((len(r) for r in self.rows.values()), default=0)
+
+    def on(self, part: slice) -> dict[str, float]:
+        """Site -> divergence on some of the samples."""
+        return {name: float(self.score(rows[part])) for name, rows in self.rows.items()}
+
+
+def measure(program: Program, variants: Variants, data: Dataset, task: str | None = None) -> Measured:
+    """Divergence (and damage on the task) of every variant, on one thread; CPU seconds.
 
     Args:
         program: The original.
         variants: Site -> changed program.
         data: Samples.
         task: lamina's metric of the task, or None.
-        told: Called with the samples done so far, once a batch (and once more for each part the variants
-            were split into).
-
-    Returns:
-        ``divergence`` and, with a task, ``task``: variant -> damage; ``halves``: the divergence on every other
-        sample, twice; ``metric``, ``samples``, ``seconds``.
     """
-    start = time.perf_counter()
-    metrics: dict[str, Metric] = {"divergence": get_metric(None, program)}
-    if task is not None:
-        metrics["task"] = get_metric(task, program)
-    features: dict[tuple[str, str], list[np.ndarray]] = {}
+    start = time.process_time()
+    setup = 0.0
+    divergence = get_metric(None, program)
+    judge = None if task is None else get_metric(task, program)
+    rows: dict[str, list[np.ndarray]] = {name: [] for name in variants}
+    judged: dict[str, list[np.ndarray]] = {name: [] for name in variants}
     base: dict[int, np.ndarray] = {}
-    seen = 0
     for number, batch, original, changed in SingleSite(program, variants, threads=1).run(data):
-        if task is not None and number not in base:
-            base[number] = metrics["task"].features(original, batch, None)
+        if number == 1 and not setup:
+            setup = time.process_time() - start
+        if judge is not None and number not in base:
+            base[number] = judge.features(original, batch, None)
         for name, outputs in changed:
-            for label, metric in metrics.items():
-                reference = original if label == "divergence" else None
-                features.setdefault((label, name), []).append(metric.features(outputs, batch, reference))
-        seen += batch.samples
-        told(seen)
-    rows = {key: np.concatenate(parts) for key, parts in features.items()}
-    score = metrics["divergence"].score
-    found: dict[str, Any] = {
-        "metric": metrics["divergence"].name,
-        "samples": data.samples,
-        "divergence": {n: score(rows["divergence", n]) for n in variants},
-        "halves": [{n: score(rows["divergence", n][i::2]) for n in variants} for i in (0, 1)],
-    }
-    if task is not None:
-        metric = metrics["task"]
-        before = metric.score(np.concatenate(list(base.values())))
-        found["task"] = {n: metric.damage(before, metric.score(rows["task", n])) for n in variants}
-        found["task_metric"] = metric.name
-    found["seconds"] = time.perf_counter() - start
-    return found
+            rows[name].append(divergence.features(outputs, batch, original))
+            if judge is not None:
+                judged[name].append(judge.features(outputs, batch, None))
+    harm: dict[str, float] = {}
+    if judge is not None:
+        before = judge.score(np.concatenate(list(base.values())))
+        harm = {n: judge.damage(before, judge.score(np.concatenate(f))) for n, f in judged.items()}
+    seconds = time.process_time() - start
+    joined = {name: np.concatenate(parts) for name, parts in rows.items()}
+    return Measured(divergence.name, joined, divergence.score, harm, setup or seconds, seconds)
