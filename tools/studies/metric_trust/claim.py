@@ -56,6 +56,8 @@ def models_text(count: int) -> str:
 def duel_text(rows: Rows, first: str, second: str, kinds: Sequence[str]) -> tuple[Duel, str]:
     """Two metrics compared, and that in words."""
     found = duel(rows, first, second, kinds)
+    if not found.models:
+        return found, f"no model rated by {second} too"
     text = f"against {second} {found.gap:+.2f}, better on {found.won} of {found.models}"
     return found, text
 

@@ -51,10 +51,13 @@ def interval(predicted: np.ndarray, measured: np.ndarray, seed: int = 0) -> tupl
 
 
 def resampled(predicted: np.ndarray, measured: np.ndarray, seed: int = 0) -> np.ndarray:
-    """:func:`spearman` of each bootstrap resample, float64 ``[RESAMPLES]``."""
-    rng, count = np.random.default_rng(seed), len(measured)
-    draws = rng.integers(0, count, (RESAMPLES, count))
-    return np.array([spearman(predicted[d], measured[d]) for d in draws])
+    """:func:`spearman` of each bootstrap resample, float64 ``[RESAMPLES]``; NaN where one has no spread."""
+    draws = np.random.default_rng(seed).integers(0, len(measured), (RESAMPLES, len(measured)))
+    x, y = (rankdata(values[draws], axis=1) for values in (predicted, measured))
+    x, y = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (x, y))
+    length = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
+    found: np.ndarray = (x * y).sum(axis=1) / np.where(length > 0, length, np.nan)
+    return found
 
 
 def paired(

@@ -214,7 +214,7 @@ def traced(subject: Subject, kind: str, variants: Variants) -> Rating:
 
 def measured(subject: Subject, kind: str, variants: Variants) -> Iterator[Rating]:
     """The competitor: damage itself, on few calibration samples; and for drops, skip-effect."""
-    data = subject.calibration.rows(slice(0, subject.few))
+    data = subject.calibration.rows(slice(0, subject.few_drops if kind == "drop" else subject.few))
     found = measure(subject.program, variants, data)
     for count in FEW:
         if count <= found.samples:

@@ -15,7 +15,7 @@ from lamina.ir.branches import find_branches
 from tools.studies.metric_trust import facts, ratings, subjects
 from tools.studies.metric_trust.ratings import TRACED, Rating, attempt
 from tools.studies.metric_trust.subjects import Subject
-from tools.studies.metric_trust.truth import KINDS, Measured, measure, variants_of
+from tools.studies.metric_trust.truth import KINDS, Measured, Variants, measure, variants_of
 
 Say = Callable[[str], None]
 Json = dict[str, Any]
@@ -49,11 +49,12 @@ def study(subject: Subject, folder: Path, say: Say) -> Json:
     ]
     truths: Json = {}
     for kind in KINDS:
-        part = kept(f"truth {kind}", lambda told, kind=kind: _truth(subject, kind))
+        variants = _Made(subject, kind)
+        part = kept(f"truth {kind}", lambda told, made=variants: _truth(subject, made()))
         if not part["value"]["sites"]:
             continue
         truths[kind] = part["value"]
-        parts.append(kept(f"ratings {kind}", lambda told, kind=kind: _ratings(subject, kind, told)))
+        parts.append(kept(f"ratings {kind}", lambda told, made=variants: _ratings(subject, made, told)))
     plain = kept("plain run", lambda told: ratings.plain_run_seconds(subject))["value"]
     known = kept("facts", lambda told: facts.facts(subject))["value"]
     return {
@@ -115,9 +116,21 @@ def _read(path: Path) -> Json | None:
     return found if isinstance(found, dict) else None
 
 
-def _truth(subject: Subject, kind: str) -> Json:
+class _Made:
+    """The changed programs of a kind, made once and only if something asks for them."""
+
+    def __init__(self, subject: Subject, kind: str) -> None:
+        self._subject, self.kind = subject, kind
+        self._variants: Variants | None = None
+
+    def __call__(self) -> Variants:
+        if self._variants is None:
+            self._variants = variants_of(self._subject.program, self._subject.calibration, self.kind)
+        return self._variants
+
+
+def _truth(subject: Subject, variants: Variants) -> Json:
     """Damage on report samples, which no metric sees."""
-    variants = variants_of(subject.program, subject.calibration, kind)
     if not variants:
         return {"sites": 0}
     found: Measured = measure(subject.program, variants, subject.report, subject.task)
@@ -132,8 +145,8 @@ def _truth(subject: Subject, kind: str) -> Json:
     }
 
 
-def _ratings(subject: Subject, kind: str, told: dict[str, str]) -> list[Rating]:
-    variants = variants_of(subject.program, subject.calibration, kind)
+def _ratings(subject: Subject, made: _Made, told: dict[str, str]) -> list[Rating]:
+    kind, variants = made.kind, made()
     found = attempt(lambda: ratings.measured(subject, kind, variants), told, f"measured, {kind}")
     found += ratings.baselines(subject, kind, variants)
     if kind in TRACED:

@@ -31,7 +31,8 @@ class Subject:
         report: What damage is measured on.
         task: lamina's metric of the task; None where there are no labels.
         inputs: Where the inputs come from.
-        few: Most calibration samples that damage is measured on to see how few will do.
+        few: Most calibration samples that damage of a width is measured on to see how few will do.
+        few_drops: The same for drops.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Subject:
     task: str | None
     inputs: str
     few: int = 16
+    few_drops: int = 16
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,21 @@ class _Size:
     calibration: int
     report: int
     few: int = 16
+    few_drops: int = 64
 
 
 # Samples (of minilm's report: pairs). As many as fit, all models together, in about 25 minutes of one busy
 # core; the agreement of two halves of the truth, which the page shows, says whether that is enough.
 _SIZES = {
     "resnet20": _Size(128, 512, 64),
-    "resnet56": _Size(128, 64, 64),
+    "resnet56": _Size(128, 64),
     "mobilenet": _Size(64, 192, 64),
-    "kwt1": _Size(128, 64, 64),
+    "kwt1": _Size(128, 64),
     "stories260k": _Size(64, 48, 64),
     "minilm": _Size(64, 16),
 }
-_WILD = _Size(32, 16)
-_LARGE = {name: _Size(16, 12, 4) for name in ("fastestdet", "gtcrn_simple", "ultraface_rfb320")}
+_WILD = _Size(32, 16, 16, 16)
+_LARGE = {name: _Size(16, 12, 4, 16) for name in ("fastestdet", "gtcrn_simple", "ultraface_rfb320")}
 NAMES = (*_SIZES, *_ZOO, "ultraface_rfb320")
 
 
@@ -87,7 +90,7 @@ def _task(name: str) -> Subject:
         report, calibration = ({k: v[:, :_TOKENS] for k, v in p.items()} for p in (report, calibration))
     data = [load_data(p, program, batch_size=8) for p in (calibration, report)]
     parted = _spread(data[0], size.calibration), _spread(data[1], size.report)
-    return Subject(name, program, *parted, case.metric, "task data", size.few)
+    return Subject(name, program, *parted, case.metric, "task data", size.few, size.few_drops)
 
 
 def _spread(data: Dataset, count: int) -> Dataset:
@@ -107,7 +110,7 @@ def _wild(name: str) -> Subject:
         data = load_data(arrays, program)
     order = np.random.default_rng(0).permutation(data.samples)
     calibration, report = data.rows(order[: size.calibration]), data.rows(order[size.calibration :])
-    return Subject(name, program, calibration, report, None, where, size.few)
+    return Subject(name, program, calibration, report, None, where, size.few, size.few_drops)
 
 
 def _photos(
