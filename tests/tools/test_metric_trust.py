@@ -212,6 +212,19 @@ def test_a_cut_run_goes_on_where_it_stopped(
     assert said == []
 
 
+def test_what_is_not_kept_is_missing_and_told(subject: Subject, tmp_path: Path) -> None:
+    said: list[str] = []
+    nothing = study.study(subject, tmp_path, said.append, measuring=False)
+    assert nothing["ratings"] == []
+    assert "truth drop" in nothing["missing"]
+    some = study.study(subject, tmp_path, said.append, kinds=["w8"], measuring=True)
+    assert "tiny: truth w8" in said
+    assert list(some["truths"]) == ["w8"]
+    assert some["missing"] == ["truth drop", "truth w4", "truth w2", "truth w8a8"]
+    text = page.page([some], summary.rows_of([some]))
+    assert "**Not measured in this run**, and left out: tiny (drop, w4, w2, w8a8)." in text
+
+
 def test_other_samples_are_measured_anew(subject: Subject) -> None:
     other = Subject("tiny", subject.program, subject.calibration, _data(12, 3), None, "made up", 8)
     assert study.signature(other) != study.signature(subject)
@@ -245,6 +258,7 @@ def _made_up(model: str, good: float) -> dict[str, Any]:
         "truths": {"drop": truth | {"task": {}, "seconds": 1.0}},
         "ratings": ratings,
         "refused": {},
+        "missing": [],
         "facts": {"pairs": {"drop": [[2.0, 3.0]]}, "contribution": damage},
         "seconds": 1.0,
     }

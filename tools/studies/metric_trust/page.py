@@ -80,7 +80,7 @@ def page(results: Sequence[Json], rows: Rows) -> str:
         sites=TRACED_SITES,
     )
     parts = [
-        introduction,
+        introduction + _missing(results),
         "## What to trust for what\n\n" + "\n".join(recommendation(rows)) + "\n",
         "## Drops\n\n" + _drops(rows) + "\n",
         _BITS + "\n" + _bits(rows) + "\n",
@@ -89,6 +89,19 @@ def page(results: Sequence[Json], rows: Rows) -> str:
         _TRUTH + "\n" + _truths(results) + "\n",
     ]
     return "\n".join(parts)
+
+
+def _missing(results: Sequence[Json]) -> str:
+    """What was not measured: models by the parts they lack."""
+    lacking: dict[str, list[str]] = {}
+    for result in results:
+        names = [n.removeprefix("truth ") for n in result["missing"]]
+        if names:
+            lacking.setdefault(", ".join(names), []).append(result["model"])
+    if not lacking:
+        return ""
+    texts = [f"{', '.join(models)} ({names})" for names, models in lacking.items()]
+    return f"\n**Not measured in this run**, and left out: {'; '.join(texts)}.\n"
 
 
 def recommendation(rows: Rows) -> list[str]:

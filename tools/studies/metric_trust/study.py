@@ -23,26 +23,46 @@ Json = dict[str, Any]
 VERSION = 1
 
 
-def run(names: Sequence[str], out: Path, say: Say) -> list[Json]:
-    """Study the models; parts that ``out`` has, of the same model and samples, are not measured again."""
+def run(
+    names: Sequence[str], out: Path, say: Say, *, kinds: Sequence[str] = KINDS, measuring: bool = True
+) -> list[Json]:
+    """Study the models; parts that ``out`` has, of the same model and samples, are not measured again.
+
+    Args:
+        names: Of :data:`tools.studies.metric_trust.subjects.NAMES`.
+        out: Keeps the parts.
+        say: Told what begins.
+        kinds: Kinds of change to measure; others are taken where they are kept.
+        measuring: Whether anything is measured that is not kept.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    return [study(subjects.load(name), out / "parts" / name, say) for name in names]
+    return [
+        study(subjects.load(name), out / "parts" / name, say, kinds=kinds, measuring=measuring)
+        for name in names
+    ]
 
 
-def study(subject: Subject, folder: Path, say: Say) -> Json:
+def study(
+    subject: Subject, folder: Path, say: Say, *, kinds: Sequence[str] = KINDS, measuring: bool = True
+) -> Json:
     """Everything measured of one model.
 
     Args:
         subject: The model and its data.
         folder: Keeps a JSON file a part: a run that is cut off goes on behind the last one.
         say: Told what begins.
+        kinds: As for :func:`run`.
+        measuring: As for :func:`run`.
 
     Returns:
-        Its name, samples, seconds of a plain run, branches, ratings, truths, facts, refusals.
+        Its name, samples, seconds of a plain run, branches, ratings, truths, facts, refusals, and the parts
+        that are ``missing``, by name.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kept = _Kept(folder, signature(subject), f"{subject.name}: ", say)
+    kept.measuring = measuring
     branches = [[b.name, b.kind] for b in find_branches(subject.program).branches]
+    plain = kept("plain run", lambda told: ratings.plain_run_seconds(subject))
     parts = [
         kept("forward", lambda told: [*ratings.forward(subject), *ratings.of_weights(subject)]),
         kept("gradients", lambda told: attempt(lambda: ratings.gradients(subject), told, "gradients")),
@@ -50,13 +70,15 @@ def study(subject: Subject, folder: Path, say: Say) -> Json:
     truths: Json = {}
     for kind in KINDS:
         variants = _Made(subject, kind)
+        kept.measuring = measuring and kind in kinds
         part = kept(f"truth {kind}", lambda told, made=variants: _truth(subject, made()))
-        if not part["value"]["sites"]:
+        if part is None or not part["value"]["sites"]:
             continue
         truths[kind] = part["value"]
         parts.append(kept(f"ratings {kind}", lambda told, made=variants: _ratings(subject, made, told)))
-    plain = kept("plain run", lambda told: ratings.plain_run_seconds(subject))["value"]
-    known = kept("facts", lambda told: facts.facts(subject))["value"]
+    kept.measuring = measuring
+    known = kept("facts", lambda told: facts.facts(subject))
+    found = [part for part in parts if part is not None]
     return {
         "model": subject.name,
         "inputs": subject.inputs,
@@ -64,11 +86,12 @@ def study(subject: Subject, folder: Path, say: Say) -> Json:
         "calibration": subject.calibration.samples,
         "report": subject.report.samples,
         "branches": branches,
-        "plain_run_s": plain,
+        "plain_run_s": float("nan") if plain is None else plain["value"],
         "truths": truths,
-        "ratings": [rating for part in parts for rating in part["value"]],
-        "refused": {name: why for part in parts for name, why in part["refused"].items()},
-        "facts": known,
+        "ratings": [rating for part in found for rating in part["value"]],
+        "refused": {name: why for part in found for name, why in part["refused"].items()},
+        "facts": {"pairs": {}} if known is None else known["value"],
+        "missing": kept.missing,
         "seconds": kept.seconds,
     }
 
@@ -84,16 +107,23 @@ def signature(subject: Subject) -> str:
 
 
 class _Kept:
-    """Parts on disk; ``seconds`` sums what they took, in this run and in earlier ones."""
+    """Parts on disk; ``seconds`` sums what they took, in this run and in earlier ones.
+
+    While ``measuring`` is off, what is not kept is None and its name ``missing``.
+    """
 
     def __init__(self, folder: Path, signed: str, prefix: str, say: Say) -> None:
         self._folder, self._signed, self._prefix, self._say = folder, signed, prefix, say
-        self.seconds = 0.0
+        self.seconds, self.measuring = 0.0, True
+        self.missing: list[str] = []
 
-    def __call__(self, name: str, make: Callable[[dict[str, str]], Any]) -> Json:
+    def __call__(self, name: str, make: Callable[[dict[str, str]], Any]) -> Json | None:
         path = self._folder / f"{name.replace(' ', '-')}.json"
         part = _read(path)
         if part is None or part.get("signature") != self._signed:
+            if not self.measuring:
+                self.missing.append(name)
+                return None
             self._say(self._prefix + name)
             start, told = time.perf_counter(), {}
             value = make(told)
