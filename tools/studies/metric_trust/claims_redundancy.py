@@ -10,7 +10,6 @@ from tools.studies.metric_trust.claim import (
     EARLIER,
     FAILS,
     LARGER,
-    LEAST_TRUST,
     NOT_TESTED,
     REPRODUCES,
     UNDECIDED,
@@ -30,14 +29,17 @@ from tools.studies.metric_trust.summary import Json, median
 
 def _block_influence(results: Sequence[Json], rows: Rows) -> Claim:
     name = "block-influence"
-    others = ("relative-contribution", "skip-effect", EARLIER, LARGER)
+    others = ("relative-contribution", EARLIER, LARGER)
     duels = [duel_text(rows, name, other, ["drop"]) for other in others]
     verdicts = [d.verdict for d, _ in duels]
-    verdict = (
-        REPRODUCES if all(v > 0 for v in verdicts) else FAILS if any(v < 0 for v in verdicts) else UNDECIDED
-    )
+    if all(v > 0 for v in verdicts):
+        verdict = REPRODUCES
+    else:
+        verdict = FAILS if any(v < 0 for v in verdicts) else UNDECIDED
+    _, measured = duel_text(rows, name, "skip-effect", ["drop"])
     found = (
-        f"Rank correlation with drop damage {rho_text(rows, name, 'drop')}; {'; '.join(t for _, t in duels)}."
+        f"Rank correlation with drop damage {rho_text(rows, name, 'drop')}; "
+        f"{'; '.join(t for _, t in duels)}. Of what changes the model, {measured}."
     )
     return Claim(name, 'drops by it "significantly" outperform earlier pruning methods', verdict, found)
 
@@ -124,11 +126,9 @@ def _direct_matching(results: Sequence[Json], rows: Rows) -> Claim:
 
 
 def _linear_cka(results: Sequence[Json], rows: Rows) -> Claim:
-    row = rows.get(("linear-cka", "drop"))
-    weak = row is not None and row.mean < LEAST_TRUST
-    found = f"Rank correlation with drop damage {rho_text(rows, 'linear-cka', 'drop')}."
-    verdict = NOT_TESTED if row is None else REPRODUCES if weak else FAILS
-    return Claim("linear-cka", "not to be the sole score for drops", verdict, found)
+    better, text = duel_text(rows, "linear-cka", "block-influence", ["drop"])
+    found = f"Rank correlation with drop damage {rho_text(rows, 'linear-cka', 'drop')}; {text}."
+    return Claim("linear-cka", "not to be the sole score for drops", VERDICTS[-better.verdict], found)
 
 
 def _representation(results: Sequence[Json], rows: Rows) -> Claim:

@@ -39,11 +39,14 @@ sites from calibration samples. **Trust** is the rank correlation (Spearman) of 
 model; *mean* is over models, *from..to* the worst and the best of them. *Quarter* is the share of the least
 harmful quarter of the sites that the metric names (chance: {chance:.2f}). *Plain runs* is its cost over that
 of one run of the model over the calibration data, median over models. *Halves* is the rank correlation of its
-values on two halves of its own data. Models with fewer than {least} sites that differ are left out of a cell.
+values on two halves of its own data, `-` where it has none. Models with fewer than {least} sites that differ
+are left out of a cell.
 
 A branch metric rates an operator as the branch it is in, and leaves out operators in none. The registry's
 `quantization-error-w8` and `-w4` keep their width; *width judged* follows it. Gradient metrics read
-{gradients} samples; gradient-trace {traced}, and at most {sites} sites a model, its cost scaled to all.
+{gradients} samples; gradient-trace {traced}, and at most {sites} sites a model, its cost scaled to all. The
+cost of `output-kl` is mostly that of opening a session for each changed program of these small models; where
+all options stand in one program (the planner's supergraph) nothing of that is paid.
 
 ![mean rank correlation](metric_trust.svg)
 """
