@@ -20,6 +20,7 @@ from lamina.ir.program import Program
 from lamina.passes.drop_branch import apply_drops
 from tools.studies.metric_trust import page, ratings, report, study, summary
 from tools.studies.metric_trust.claims import claims
+from tools.studies.metric_trust.guessing import COLUMNS, from_quarter, guesses
 from tools.studies.metric_trust.ranking import RESAMPLES, interval, overlap, paired, resampled, spearman
 from tools.studies.metric_trust.ratings import parts_of
 from tools.studies.metric_trust.subjects import Subject
@@ -35,7 +36,7 @@ def _data(rows: int, seed: int) -> Dataset:
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return Subject("tiny", stacked(BRANCHES), _data(16, 1), _data(12, 2), None, "made up", 8)
+    return Subject("tiny", stacked(BRANCHES), _data(16, 1), _data(12, 2), None, "made up", 16)
 
 
 @pytest.fixture(scope="module")
@@ -226,9 +227,9 @@ def test_what_is_not_kept_is_missing_and_told(subject: Subject, tmp_path: Path) 
 
 
 def test_other_samples_are_measured_anew(subject: Subject) -> None:
-    other = Subject("tiny", subject.program, subject.calibration, _data(12, 3), None, "made up", 8)
+    other = Subject("tiny", subject.program, subject.calibration, _data(12, 3), None, "made up", 16)
     assert study.signature(other) != study.signature(subject)
-    same = Subject("tiny", stacked(BRANCHES), _data(16, 1), _data(12, 2), None, "made up", 8)
+    same = Subject("tiny", stacked(BRANCHES), _data(16, 1), _data(12, 2), None, "made up", 16)
     assert study.signature(same) == study.signature(subject)
 
 
@@ -273,6 +274,26 @@ def test_rows_know_rank_overlap_cost_and_stability() -> None:
     assert good.stability["a"] == pytest.approx(-1.0)
     assert rows["bad-metric", "drop"].stability == {}
     assert [r.metric for r in summary.best(rows, "drop", ["a", "b"])] == ["good-metric", "bad-metric"]
+
+
+def test_guesses_from_a_quarter() -> None:
+    cheap = {f"s{i}": float(i) for i in range(9)}
+    damage = {n: 10.0**v for n, v in cheap.items()}
+    assert from_quarter(cheap, damage) == pytest.approx(damage)
+    turned = {n: -v for n, v in cheap.items()}
+    flat = from_quarter(turned, damage)
+    # the ends contradict the order: all between them are the same
+    assert list(flat.values())[1:-1] == pytest.approx([1e4] * 7)
+
+
+def test_guesses_are_compared_on_a_model(result: Any) -> None:
+    found = guesses([result])
+    means, models = found["w2"]
+    assert models == 1
+    rows = summary.rows_of([result])
+    wanted = ("quantization-error-w4", "output-kl, 1 sample", "output-kl, 16 samples")
+    assert len(means) == len(COLUMNS)
+    assert (means[0], *means[2:]) == pytest.approx([rows[name, "w2"].mean for name in wanted])
 
 
 def test_a_duel_counts_models_and_decides() -> None:

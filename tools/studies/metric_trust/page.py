@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from lamina.planner.shortlist import ENOUGH
+from tools.studies.metric_trust import guessing
 from tools.studies.metric_trust.claim import LEAST_TRUST
 from tools.studies.metric_trust.claims import claims
+from tools.studies.metric_trust.guessing import COLUMNS, DROPS, guesses
 from tools.studies.metric_trust.ranking import LEAST_SITES
 from tools.studies.metric_trust.ratings import FEW, GRADIENT_SAMPLES, TRACED_SAMPLES, TRACED_SITES, few_name
 from tools.studies.metric_trust.summary import (
@@ -62,6 +65,13 @@ another with {gap} in mean rank correlation and on two thirds of the models; a m
 the mean and on two thirds; the rest likewise by two thirds of the models. The models are tiny next to the
 papers': what fails here may hold there. {counts}.
 """
+_GUESSES = """## When there is no time to measure
+
+The planner measures single options itself: on {enough} samples or more where the time allows, on fewer where
+not, down to one; after that it measures some options and places the rest between them by rank of a cheap
+metric (`lamina.planner.shortlist`: {drops} for drops, {bits} for weights). Mean rank
+correlation with the truth, over the same models and sites:
+"""
 _TRUTH = """## The truth itself
 
 *halves*: rank correlation of the truth on every other report sample with the truth on the rest, a bound on
@@ -89,6 +99,7 @@ def page(results: Sequence[Json], rows: Rows) -> str:
         _BITS + "\n" + _bits(rows) + "\n",
         _CLAIMS.format(gap=LEAST_GAP, trust=LEAST_TRUST, counts=counts),
         *(f"**{c.name}** ({c.said}): *{c.verdict}*. {c.found}\n" for c in found),
+        _GUESSES.format(enough=ENOUGH, drops=DROPS, bits=guessing.BITS) + "\n" + _guesses(results) + "\n",
         _TRUTH + "\n" + _truths(results) + "\n",
     ]
     return "\n".join(parts)
@@ -189,6 +200,13 @@ def _bits(rows: Rows) -> str:
             cells.append("" if row is None else f"{row.mean:.2f} {_spread(row)} ({len(row.rho)})")
         quarter = mean(mean(r.overlap.values()) for r in found[name])
         lines.append(_line(name, *cells, f"{quarter:.2f}", _cost(found[name]), _halves(found[name])))
+    return "\n".join(lines)
+
+
+def _guesses(results: Sequence[Json]) -> str:
+    lines = [_line("kind", "models", *COLUMNS), _rule(len(COLUMNS) + 2)]
+    for kind, (means, models) in guesses(results).items():
+        lines.append(_line(kind, str(models), *(f"{value:.2f}" for value in means)))
     return "\n".join(lines)
 
 
