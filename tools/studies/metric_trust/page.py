@@ -74,9 +74,10 @@ correlation with the truth, over the same models and sites:
 """
 _TRUTH = """## The truth itself
 
-*halves*: rank correlation of the truth on every other report sample with the truth on the rest, a bound on
-what a metric can reach. *task*: rank correlation of divergence with damage on the task metric, on the same
-samples.
+*halves*: rank correlation of the truth on every other report sample with the truth on the rest. The truth on
+all of them is steadier than that; where it is low, its noise holds every correlation down. *task*: rank
+correlation of divergence with damage on the task metric, on the same samples; with few samples and small
+changes the task says little.
 """
 
 
