@@ -117,7 +117,8 @@ def patches(x: np.ndarray, operator: WeightedOperator, count: int) -> np.ndarray
     if not inside.all():
         picked = np.where(inside[..., None], picked, x.dtype.type(0))
     picked = np.moveaxis(picked, -1, 1)
-    return np.ascontiguousarray(picked.reshape(taken, operator.group, -1))
+    width = int(np.prod(picked.shape[1:])) // operator.group  # -1 has no meaning where nothing is taken
+    return np.ascontiguousarray(picked.reshape(taken, operator.group, width))
 
 
 def evenly(count: int, total: int) -> np.ndarray:

@@ -31,6 +31,7 @@ from lamina.planner.pricing import build_costs, shared_costs
 from lamina.planner.realize import Realized, realize
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
+from lamina.planner.shortlist import single_damages
 from lamina.planner.space import Genome, Space, build_space
 from lamina.planner.supergraph import Supergraph, build_supergraph
 from lamina.planner.timing import Stopwatch
@@ -254,27 +255,11 @@ def build(request: Request, prepared: Prepared, genome: Genome, *, recalibrate: 
 
 
 def _single_damages(request: Request, prepared: Prepared, evaluator: Evaluator) -> list[list[float]]:
-    """Divergence of every option alone, on as many probe samples as a quarter of the time allows."""
-    space = prepared.costs.space
-    genomes, where = [], []
-    for i, choice in enumerate(space.choices):
-        for k in range(len(choice.options)):
-            genomes.append((*space.nothing[:i], k + 1, *space.nothing[i + 1 :]))
-            where.append((i, k))
-    if not genomes:
-        return []
-    selection = evaluator.selection
-    evaluator.score(space.nothing, 1)
-    per_batch = evaluator.run_seconds / max(evaluator.runs, 1)
-    batches = int(np.clip(0.25 * request.seconds / max(per_batch * len(genomes), 1e-9), 1, 4))
-    probe = selection.rows(slice(0, batches * selection.batch_size // selection.group))
     divergence = get_metric(request.metric.divergence, prepared.folded.program)
     if not isinstance(divergence, Divergence):
         raise PassError(f"metric '{request.metric.name}' names no divergence")
-    values = evaluator.single_divergences(
-        probe, divergence, genomes, lambda done, total: request.progress.update("sensitivity", done, total)
-    )
-    damage: list[list[float]] = [[0.0] * len(c.options) for c in space.choices]
-    for (i, k), value in zip(where, values, strict=True):
-        damage[i][k] = value
-    return damage
+
+    def told(done: int, total: int) -> None:
+        request.progress.update("sensitivity", done, total)
+
+    return single_damages(evaluator, divergence, calibration_rows(request), request.seconds, told)

@@ -1,0 +1,1 @@
+"""How far each metric can be trusted: its ranks against measured single-site damage."""
