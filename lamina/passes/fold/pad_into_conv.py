@@ -31,7 +31,8 @@ class PadIntoConv(LocalFold):
     x is never negative, or behind minus infinity. The operator states its padding (NOTSET or VALID).
     Refuses: other values, modes, negative or computed pads; pads of batch or channels; a pooling window that
     could see padding only, rounds its output size up, is dilated, or returns indices; a Pad read elsewhere.
-    Effect: Exact, but for the sign of a zero that MaxPool chooses.
+    Effect: Exact, but for the sign of a zero that MaxPool chooses, and for NaN: a window of MaxPool that
+        holds nothing but NaN and padding had a zero to give, which it has no longer.
     Cost: O(sites).
     """
 
