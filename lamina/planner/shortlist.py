@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import isotonic_regression
 
 from lamina.analysis.needs import Need
 from lamina.analysis.redundancy import block_influence
@@ -177,6 +176,8 @@ def fill(group: Sequence[int], known: Mapping[int, float]) -> dict[int, float]:
         group: Options, the least harmful first.
         known: Option -> measured damage.
     """
+    from scipy.optimize import isotonic_regression
+
     places = [p for p, index in enumerate(group) if np.isfinite(known.get(index, np.inf))]
     missing = [p for p, index in enumerate(group) if index not in known]
     if not places:
