@@ -112,6 +112,11 @@ def test_guesses_rise_even_where_measurements_do_not() -> None:
     assert found[1] <= found[3]
 
 
+def test_where_damages_are_level_the_order_stays() -> None:
+    found = fill([4, 3, 2, 1, 0], {4: 1.0, 0: 0.01})  # the ends contradict the order
+    assert found[3] < found[2] < found[1] == pytest.approx(0.1)
+
+
 def test_without_a_finite_measurement_a_guess_is_infinite() -> None:
     assert fill([0, 1], {0: float("inf")}) == {1: float("inf")}
     assert fill([0, 1], {0: 0.0}) == {1: 0.0}

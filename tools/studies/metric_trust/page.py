@@ -70,7 +70,8 @@ _GUESSES = """## When there is no time to measure
 The planner measures single options itself: on {enough} samples or more where the time allows, on fewer where
 not, down to one; after that it measures some options and places the rest between them by rank of a cheap
 metric (`lamina.planner.shortlist`: {drops} for drops, {bits} for weights). Mean rank
-correlation with the truth, over the same models and sites:
+correlation with the truth, over the same models and sites (what is measured also gives the rest its scale,
+which ranks do not show):
 """
 _TRUTH = """## The truth itself
 
