@@ -72,9 +72,7 @@ def optimize(
             metric=metric,
             target=target,
             workload=workload,
-            transforms=None
-            if transforms is None
-            else [t.strip() for t in transforms.split(",") if t.strip()],
+            transforms=names(transforms),
             minimize=minimize,
             strategy=strategy,
             seconds=seconds,

@@ -27,7 +27,7 @@ def required_opset(moves: Iterable[Move]) -> int:
 
 def removes(move: Move) -> bool:
     """Whether a move takes its site's nodes out: it comes before those that change what stays."""
-    return move.option.name == "drop" or get_transform(move.site.transform).removes_site
+    return get_transform(move.site.transform).removes_site
 
 
 def apply_moves(program: Program, moves: Sequence[Move]) -> Program:

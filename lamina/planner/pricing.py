@@ -87,7 +87,7 @@ def _flops(space: Space, operator_flops: Mapping[str, float]) -> list[list[float
     """FLOPs every option adds: only what takes the site out changes them."""
 
     def change(choice: Choice, option: Option) -> float:
-        if option.name != "drop" and not choice.transform.removes_site:
+        if not choice.transform.removes_site:
             return 0.0
         left = float(option.parameters.get("flops_share", 0.0))
         return (left - 1.0) * sum(operator_flops.get(n, 0.0) for n in choice.site.nodes)

@@ -41,7 +41,7 @@ class Choice:
     @property
     def removes(self) -> bool:
         """Whether the options take the site's nodes out, so that nested choices lose their meaning."""
-        return self.transform.removes_site or all(option.name == "drop" for option in self.options)
+        return self.transform.removes_site
 
 
 @dataclass(frozen=True)

@@ -24,26 +24,26 @@ class Source:
     high: bool
 
 
-# The first that was computed fills the column: what was measured, then what follows it on every model seen
-# (docs/analyze.md has the rank correlations) and rates every branch: direct-matching often follows it better,
-# but has no number where the width changes.
+# The first that was computed fills the column: what was measured, then what follows it best over the models of
+# docs/metric_trust.md. block-influence stands before relative-contribution, whose range has no end: the two
+# rank alike there.
 REDUNDANCY: tuple[Source, ...] = (
     Source("output-kl", "measured damage of dropping the branch alone", high=False),
-    Source("block-influence", "1 - cos of what enters and leaves the branch", high=False),
-    Source("direct-matching", "what no affine map makes of the branch", high=False),
-    Source("relative-contribution", "length of what the branch adds over what it adds it to", high=False),
-    Source("angular-distance", "angle between what enters and leaves the branch", high=False),
-    Source("branch-similarity", "cos of what enters and leaves the branch", high=True),
     Source("skip-effect", "how far later depths move without the branch", high=False),
+    Source("block-influence", "1 - cos of what enters and leaves the branch", high=False),
+    Source("relative-contribution", "length of what the branch adds over what it adds it to", high=False),
+    Source("branch-similarity", "cos of what enters and leaves the branch", high=True),
+    Source("angular-distance", "angle between what enters and leaves the branch", high=False),
+    Source("direct-matching", "what no affine map makes of the branch", high=False),
 )
 SENSITIVITY: tuple[Source, ...] = (
     Source("output-kl-w4", "measured damage of 4-bit weights in the operator alone", high=True),
-    Source("hawq-trace-w4", "curvature of the loss times the 4-bit rounding error", high=True),
-    Source("quantization-error-w4", "change of the operator's output with 4-bit weights", high=True),
     Source("output-kl-w8", "measured damage of 8-bit weights in the operator alone", high=True),
-    Source("quantization-error-w8", "change of the operator's output with 8-bit weights", high=True),
+    Source("hawq-trace-w4", "curvature of the loss times the 4-bit rounding error", high=True),
     Source("hawq-trace-w8", "curvature of the loss times the 8-bit rounding error", high=True),
     Source("fisher-diagonal", "squared slope of the likelihood along the weight", high=True),
+    Source("quantization-error-w4", "change of the operator's output with 4-bit weights", high=True),
+    Source("quantization-error-w8", "change of the operator's output with 8-bit weights", high=True),
 )
 
 

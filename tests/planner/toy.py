@@ -84,6 +84,7 @@ class Cut(Transform):
     """Drop a branch and the Add behind it."""
 
     name: ClassVar[str] = "cut"
+    removes_site: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterator[Site]:
         for names, skip, output in (

@@ -72,6 +72,7 @@ def summary(models: Sequence[Model], share: float) -> Iterator[str]:
         yield "| " + " | ".join(cells) + " |"
     for key, found in pairs.items():
         if found:
+            yield ""  # a line right below a table would be a row of it
             mean = math.exp(sum(math.log(r) for r in found) / len(found))
             yield f"Geometric mean of the ratios of {key}, {len(found)} models: {mean:.2f}"
 
