@@ -24,9 +24,9 @@ class Source:
     high: bool
 
 
-# The first that was computed fills the column: what was measured, then what follows it best over the models of
-# docs/metric_trust.md. block-influence stands before relative-contribution, whose range has no end: the two
-# rank alike there.
+# The first that was computed fills the column: what was measured, then what follows it best over the models
+# of docs/metric_trust.md. block-influence stands before relative-contribution, whose range has no end: the
+# two rank alike there.
 REDUNDANCY: tuple[Source, ...] = (
     Source("output-kl", "measured damage of dropping the branch alone", high=False),
     Source("skip-effect", "how far later depths move without the branch", high=False),
