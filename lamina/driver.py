@@ -271,6 +271,8 @@ def settle(request: Request, builder: Builder, judge: Judge, search: Search) -> 
             builder.discard(verdict.finalist.candidate.genome, error)
             continue
         final = measure_final(request, builder.stopwatch, verdict)
+        if not verdict.finalist.changed:  # one file: two times of it would differ by noise alone
+            final = replace(final, after=final.before, relative=verdict.finalist.relative)
         finalist = replace(verdict.finalist, relative=final.relative)
         seconds = sum(c.weight * t.median_s for c, t in zip(request.workload, final.before, strict=True))
         if not verdict.finalist.changed or affordable(

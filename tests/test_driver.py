@@ -303,6 +303,20 @@ def test_the_last_measurement_can_turn_a_plan_down(monkeypatch):
         tiny("latency<=3x, size<=0.5x")
 
 
+@pytest.mark.parametrize("budget", ["latency<=2x, drop<=2%", "size<=1x, latency<=1x, drop<=2%", "drop<=2%"])
+def test_where_nothing_is_faster_the_model_as_given_meets_what_it_meets(monkeypatch, budget):
+    from lamina.planner.timing import Relative
+
+    monkeypatch.setattr(Relative, "slower_somewhere", property(lambda self: True))
+    evidence = tiny(budget).evidence
+    assert evidence["moves"] == []
+    assert evidence["damage"] == 0
+    assert evidence["latency_ratio"] == 1
+    assert all(bound["met"] for bound in evidence["met"].values())
+    with pytest.raises(lamina.InfeasibleBudget):
+        tiny("latency<=0.9x, drop<=2%")
+
+
 def test_report_data_that_does_not_fit_the_target_is_found_before_the_search(monkeypatch):
     stages: list[str] = []
     monkeypatch.setattr(Progress, "stage", recording(stages, Progress.stage))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -91,11 +91,11 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     candidates = search.ranked()
     nothing = builder.prepared.costs.space.nothing
     unchanged = next((c for c in candidates if c.genome == nothing), None)
-    if unchanged is not None and unchanged.feasible(goal):
-        for finalist in builder.finish([unchanged], seconds=3.0):
+    if unchanged is not None:
+        for finalist in builder.finish([unchanged], seconds=3.0) if unchanged.feasible(goal) else ():
             if affordable(request, builder, finalist):
                 return judge.score(finalist)
-        if not request.budget.costs:  # nothing measured faster: the model as it was given holds any drop
+        if original_holds(request, builder):  # nothing measured faster, and it loses nothing
             return judge.score(as_given(request, builder, unchanged))
     raise infeasible(request, builder, search, failed)
 
@@ -128,6 +128,17 @@ def look_elsewhere(builder: Builder, search: Search) -> bool:
         search.run()
     detours = [search.detour(genome) for genome in sorted(builder.failed) if builder.blameless(genome)]
     return again or any(detours)
+
+
+def original_holds(request: Request, builder: Builder) -> bool:
+    """Whether the captured model itself keeps every cost bound."""
+    costs: dict[str, Callable[[], float]] = {
+        "latency": lambda: builder.original_latency_s,
+        "size": lambda: builder.original_size,
+        "memory": builder.original_memory,
+        "flops": lambda: builder.prepared.original_cost.flops,
+    }
+    return all(costs[b.axis]() <= b.limit(costs[b.axis]()) for b in request.budget.costs)
 
 
 def as_given(request: Request, builder: Builder, unchanged: Candidate) -> Finalist:

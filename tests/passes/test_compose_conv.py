@@ -41,7 +41,7 @@ def pairs(draw, *, padded: bool):
 
     first = form(12, 12, g1, True, draw(st.booleans()) or not padded)
     second = form(12, 8 if g2 != 3 else 9, g2, padded, True)
-    size = ints(14, 20)
+    size = ints(17, 23)  # the longest composed kernel spans 17
     return first, second, random.standard_normal((2, 12, *size))
 
 
