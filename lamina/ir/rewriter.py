@@ -208,6 +208,12 @@ class Rewriter:
         if doomed:
             self.graph.remove(doomed, safe=True)
 
+    def rename(self, node: ir.Node, name: str) -> None:
+        """Give a node the name of one that is gone."""
+        self._index.drop([node])
+        node.name = name
+        self._index.add(node)
+
     def forget(self, nodes: Iterable[ir.Node]) -> None:
         """Drop nodes from the index without touching the graph (they moved to a subgraph elsewhere)."""
         self._index.drop(nodes)

@@ -14,6 +14,8 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("drop", "lamina.passes.drop_branch:DropBranch"),
     ("direct-matching", "lamina.passes.replace_branch:ReplaceBranch"),
     ("merge-conv-chain", "lamina.passes.merge_conv_chain:MergeConvChain"),
+    ("merge-neurons-ot", "lamina.passes.merge_neurons_ot:MergeNeuronsOt"),
+    ("iterative-feature-merging", "lamina.passes.iterative_feature_merging:IterativeFeatureMerging"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 

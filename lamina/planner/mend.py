@@ -10,8 +10,8 @@ from lamina.backends.backend import run_of
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.passes.compensate import compensate
-from lamina.passes.merge_conv_chain import MergeConvChain
-from lamina.planner.apply import removes
+from lamina.passes.drop_branch import DropBranch
+from lamina.passes.replace_branch import ReplaceBranch
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
@@ -25,6 +25,8 @@ _REACH = 3.0
 _TRIES = 2
 # Sums of divergences such plans are looked for at, in those of the best feasible plan.
 _BEYOND = (1.4, 2.0, 3.0)
+# Transforms behind which a skip, or a map of it, stands for the sum.
+_BRANCHES = (DropBranch.name, ReplaceBranch.name)
 
 
 def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
@@ -111,7 +113,7 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
     made = {v.name or "" for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
     for move in moves:
-        if not removes(move) or len(move.site.outputs) != 1 or move.site.transform == MergeConvChain.name:
+        if move.site.transform not in _BRANCHES or len(move.site.outputs) != 1:
             continue
         instead = f"{move.site.nodes[-1]}_matched_bias_out"
         skip = instead if instead in made else move.site.inputs[0]
