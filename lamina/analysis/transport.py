@@ -34,7 +34,8 @@ def transport_plan(
         entropy: Weight of the entropy, positive, in units of the cost.
         balance: Weight of the columns' marginal, in units of the cost; inf: it is exact.
         iterations: Most of them.
-        tolerance: Change of the columns' sums, as a share of the total, at which it ends.
+        tolerance: Share of all mass at which it ends: what is still in the wrong columns, or where those may
+            differ, what the last iterations moved between them.
 
     Returns:
         float64 ``[d, m]``; rows are exact whatever the number of iterations.
@@ -46,7 +47,7 @@ def transport_plan(
     exponent = -np.asarray(cost, np.float64) / entropy
     log_columns = np.log(columns)
     f, g = np.zeros(len(rows)), np.zeros(len(columns))  # potentials in units of the entropy
-    sums = np.zeros(len(columns))
+    sums = np.zeros(len(columns)) if power < 1 else np.asarray(columns, np.float64)
     for start in range(0, iterations, _ABSORB):
         # rows of the kernel are scaled to a largest element of 1, so that none is all zero
         f = -(exponent + g + log_columns).max(axis=1)
@@ -62,7 +63,7 @@ def transport_plan(
         plan = (rows / (kernel @ v))[:, None] * kernel * v
         g = g + np.log(np.maximum(v, 1e-300))
         moved = np.abs(plan.sum(axis=0) - sums).sum()
-        sums = plan.sum(axis=0)
+        sums = plan.sum(axis=0) if power < 1 else sums
         if moved <= tolerance * rows.sum() or power == 0:
             break
     return plan

@@ -28,10 +28,10 @@ class MergeNeuronsOt(MergeChannels):
 
     Those that stay are chosen by elimination: again and again the neuron goes whose squared distance to the
     nearest one left, times the squared norm of the weights that read it, is least. A Sinkhorn plan between
-    all neurons and those left, on mean squared differences of activations, then says which share of each goes
-    where. Weights in front of a merged neuron are the mean of what comes to it by mass; a neuron's weights
-    behind are shared out. Its mass is the energy it hands on: mean square of its activation times the squared
-    norm of the weights that read it.
+    all neurons and those left then says which share of each goes where; its cost is the mean squared
+    difference of two activations over the energy of the one that goes. Weights in front of a merged neuron
+    are the mean of what comes to it by mass; a neuron's weights behind are shared out. Its mass is the energy
+    it hands on: mean square of its activation times the squared norm of the weights that read it.
 
     Fires, refuses: as :class:`lamina.passes.merge_channels.MergeChannels`.
     Needs: second moments of each hidden width (:meth:`collect`); without them it offers nothing.
@@ -43,9 +43,9 @@ class MergeNeuronsOt(MergeChannels):
         (docs/depth.md); a plan keeps ``most`` targets a neuron.
 
     Attributes:
-        entropy: Of the plan, in units of the mean distance.
+        entropy: Of the plan; its distances are relative to a neuron's energy.
         balance: How dear it is for the masses that merged neurons take in to differ in proportion from those
-            they have, in units of the mean distance; 0: free, inf: exact.
+            they have, in the same units; 0: free, inf: exact.
         most: Targets of a neuron.
     """
 
@@ -53,7 +53,7 @@ class MergeNeuronsOt(MergeChannels):
     needs: ClassVar[frozenset[Need]] = frozenset(("channels",))
     name: ClassVar[str] = "merge-neurons-ot"
 
-    entropy: float = 0.01
+    entropy: float = 0.003
     balance: float = 0.0
     most: int = 8
 
@@ -99,8 +99,9 @@ class MergeNeuronsOt(MergeChannels):
         mass = energy * (read**2).sum(axis=1)
         mass = np.maximum(mass, 1e-9 * max(float(mass.mean()), 1e-300))
         kept = remaining(distances, (read**2).sum(axis=1), width)
-        unit = max(float(distances.mean()), 1e-300)
-        relative = distances[:, kept] / unit
+        # relative to the energy of the neuron that goes: all are blurred alike, quiet ones and loud ones
+        unit = np.maximum(energy, 1e-9 * max(float(energy.mean()), 1e-300))
+        relative = distances[:, kept] / unit[:, None]
         relative[relative < _ROUNDING] = 0.0
         share = mass / mass.sum()
         plan = transport_plan(

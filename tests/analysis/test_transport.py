@@ -32,7 +32,7 @@ def test_columns_are_exact_where_balanced():
 
 def test_with_little_entropy_it_costs_what_the_linear_program_does():
     cost, rows, columns = problem(2)
-    plan = transport_plan(cost, rows, columns, entropy=2e-3, iterations=20000, tolerance=1e-10)
+    plan = transport_plan(cost, rows, columns, entropy=2e-3, iterations=50000, tolerance=1e-6)
     d, m = cost.shape
     sums = np.vstack([np.kron(np.eye(d), np.ones(m)), np.kron(np.ones(d), np.eye(m))])
     best = linprog(cost.reshape(-1), A_eq=sums, b_eq=np.concatenate([rows, columns]))
