@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -21,8 +20,8 @@ from lamina.analysis.coupling_rules import RULES
 from lamina.errors import BackendError
 from lamina.ir.branches import Branch, find_branches
 from lamina.ir.program import Program
+from lamina.passes.hidden import Hidden, HiddenGroup, Operand, Side
 
-Side = Literal["made", "read"]
 Refused = tuple[str, str]
 
 # Operators that compute every channel by itself, with constants that lie along the channels.
@@ -32,89 +31,6 @@ POINTWISE = frozenset(name for name, rule in RULES.items() if rule is pointwise.
 }
 _LINEAR = ("MatMul", "Gemm", "Conv")
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A weight with an axis along a group's channels.
-
-    Attributes:
-        node: Place of the node that reads it, in :attr:`Hidden.nodes`.
-        place: Which of its inputs.
-        axis: The axis.
-        side: ``made``: it makes, shifts or scales the channels; ``read``: it sums over them.
-    """
-
-    node: int
-    place: int
-    axis: int
-    side: Side
-
-
-@dataclass(frozen=True)
-class HiddenGroup:
-    """The channels of one hidden width.
-
-    Attributes:
-        name: As :func:`lamina.analysis.coupling.coupled_groups` calls it.
-        units: How many channels.
-        value: Name of the activation that is summed over.
-        axis: Axis of its activations: 1 for images, -1 for tokens.
-        makes: Places of the nodes whose outputs hold the channels.
-        operands: Every weight along them.
-    """
-
-    name: str
-    units: int
-    value: str
-    axis: int
-    makes: tuple[int, ...]
-    operands: tuple[Operand, ...]
-
-    def vectors(self, arrays: Mapping[tuple[int, int], np.ndarray], side: Side) -> np.ndarray:
-        """All weights of a side, float64 ``[units, n]``; ``arrays``: operand (node, place) -> array."""
-        rows = [
-            np.moveaxis(arrays[o.node, o.place], o.axis, 0).reshape(self.units, -1)
-            for o in self.operands
-            if o.side == side
-        ]
-        return np.concatenate(rows, axis=1).astype(np.float64)
-
-
-@dataclass(frozen=True)
-class Hidden:
-    """Hidden widths that share operators, and the nodes from the first that makes them to the last reader.
-
-    Attributes:
-        name: The branch they are in, where they are all of it; else with the first node's name.
-        kind: ``mlp`` or ``conv``.
-        nodes: Names, in execution order; the last one makes the only value others read.
-        wiring: For each node and input: the place of the node that makes it, or -1.
-        inputs: Activations read from elsewhere.
-        output: The value the last node makes.
-        weights: Names of the weights that change.
-        groups: The widths.
-    """
-
-    name: str
-    kind: str
-    nodes: tuple[str, ...]
-    wiring: tuple[tuple[int, ...], ...]
-    inputs: tuple[str, ...]
-    output: str
-    weights: tuple[str, ...]
-    groups: tuple[HiddenGroup, ...]
-
-    def arrays(self, program: Program) -> dict[tuple[int, int], np.ndarray]:
-        """(node, place) -> weight, of every operand."""
-        nodes = {n.name: n for n in program.graph}
-        found = {}
-        for operand in (o for g in self.groups for o in g.operands):
-            value = nodes[self.nodes[operand.node]].inputs[operand.place]
-            assert value is not None
-            assert value.const_value is not None
-            found[operand.node, operand.place] = value.const_value.numpy()
-        return found
 
 
 def hidden_sites(program: Program) -> tuple[tuple[Hidden, ...], tuple[Refused, ...]]:
@@ -255,11 +171,11 @@ class _Finder:
                     part.operands.append(self._operand(place, k, hits, "made"))
         else:
             raise _Refuse(f"{what} does not compute every channel by itself")
-        out = node.outputs[0]
-        if out.name in hits:
-            axis = hits[out.name] - len(self._coupling.shapes[out.name])
-            if axis != -1 and hits[out.name] != 1:
-                raise _Refuse(f"the channels of '{out.name}' lie on axis {hits[out.name]}")
+        made = node.outputs[0].name or ""
+        if made in hits:
+            axis = hits[made]
+            if axis != 1 and axis != len(self._coupling.shapes[made]) - 1:
+                raise _Refuse(f"the channels of '{made}' lie on axis {axis}")
             part.makes.append(place)
 
     def _linear(self, part: _Part, place: int, hits: Mapping[str, int]) -> None:
@@ -379,6 +295,6 @@ def _made_axis(node: ir.Node, place: int, value: ir.Value | None) -> int:
     """The axis of a weight along the channels it makes; -1 where it is no weight of the node."""
     if value is None or value.const_value is None or place != 1:
         return -1
-    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB", 0)):
+    if node.op_type == "Conv" or (node.op_type == "Gemm" and node.attributes.get_int("transB")):
         return 0
     return len(value.const_value.shape) - 1

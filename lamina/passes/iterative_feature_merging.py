@@ -10,8 +10,10 @@ import numpy as np
 
 from lamina.errors import PassError
 from lamina.ir.program import Program
-from lamina.passes.hidden_sites import Hidden, hidden_sites
-from lamina.passes.merge_channels import ChannelMap, MergeChannels, merge_channels
+from lamina.passes.channel_map import ChannelMap
+from lamina.passes.hidden import Hidden
+from lamina.passes.hidden_sites import hidden_sites
+from lamina.passes.merge_channels import MergeChannels, merge_channels
 
 
 @dataclass(frozen=True)

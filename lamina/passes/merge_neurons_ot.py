@@ -14,8 +14,10 @@ from lamina.analysis.transport import transport_plan
 from lamina.data import Dataset
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
-from lamina.passes.hidden_sites import Hidden, hidden_sites
-from lamina.passes.merge_channels import ChannelMap, MergeChannels, merge_channels
+from lamina.passes.channel_map import ChannelMap
+from lamina.passes.hidden import Hidden
+from lamina.passes.hidden_sites import hidden_sites
+from lamina.passes.merge_channels import MergeChannels, merge_channels
 from lamina.passes.pass_ import Need
 
 # Distances relative to the mean below this are rounding of the moments.

@@ -31,10 +31,12 @@ from lamina.analysis.channels import collect_channels
 from lamina.analysis.moments import Moments
 from lamina.ir.io import serialized_size
 from lamina.ir.program import Program
+from lamina.passes.channel_map import ChannelMap
 from lamina.passes.compensate import compensate
-from lamina.passes.hidden_sites import Hidden, HiddenGroup, hidden_sites
+from lamina.passes.hidden import Hidden, HiddenGroup
+from lamina.passes.hidden_sites import hidden_sites
 from lamina.passes.iterative_feature_merging import merged_features
-from lamina.passes.merge_channels import ChannelMap, merge_channels
+from lamina.passes.merge_channels import merge_channels
 from lamina.passes.merge_neurons_ot import MergeNeuronsOt
 from tools.bench.cases import CASES, Case
 from tools.studies.depth.scoring import Study
