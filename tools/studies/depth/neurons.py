@@ -38,7 +38,7 @@ from lamina.passes.hidden_sites import hidden_sites
 from lamina.passes.iterative_feature_merging import merged_features
 from lamina.passes.merge_channels import merge_channels
 from lamina.passes.merge_neurons_ot import MergeNeuronsOt
-from tools.bench.cases import CASES, Case
+from tools.bench.cases import CASES
 from tools.studies.depth.scoring import Study
 
 MODELS = ("resnet56", "kwt1", "stories260k", "minilm")
@@ -102,10 +102,9 @@ def narrowed(
     return merge_channels(program, maps)
 
 
-def study(case: Case, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def study(about: Study, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What is known so far of one model, after every row."""
-    about = Study.of(case, options.order_samples, options.report_samples)
-    program = about.program
+    program, case = about.program, about.case
     sites, _ = hidden_sites(program)
     axes = {g.value: g.axis for h in sites for g in h.groups}
     moments = collect_channels(program, about.calibration, axes, threads=1)
@@ -182,7 +181,7 @@ def main() -> None:
     for case in CASES:
         if case.name in (options.models or MODELS):
             found: dict[str, Any] = {}
-            for found in study(case, options):
+            for found in study(Study.of(case, options.order_samples, options.report_samples), options):
                 options.out.write_text(json.dumps([*done, found], indent=1))
             done.append(found)
             print("\n".join(table(found)), flush=True)
