@@ -41,7 +41,7 @@ class MergeNeuronsOt(MergeChannels):
     Source: Verma et al. 2025, arXiv:2507.04517 (DOTResize). Deviates, as far as the abstract and METHODS.md
         say: hidden widths only, so no rotation has to pass a norm; those that stay are chosen by elimination;
         masses are not uniform; the marginal of those that stay is free or soft (exact with ``balance=inf``),
-        as an exact one makes neurons with few likes take in unlike ones, which does much more damage
+        as an exact one makes neurons with few likes take in unlike ones, which does more damage
         (docs/depth.md); a plan keeps ``most`` targets a neuron.
 
     Attributes:
