@@ -14,7 +14,9 @@ from lamina.analysis.stream import Stream
 from lamina.data import Dataset
 from lamina.errors import PassError
 from lamina.ir.program import Program
-from lamina.passes.repair import BEHIND, Repair, apply_repairs, packed, unpacked
+from lamina.ir.rewriter import Rewriter
+from lamina.passes.drop_branch import remove_unused_initializers
+from lamina.passes.repair import BEHIND, Repair, packed, put, unpacked
 from lamina.passes.repair_sites import RepairSite
 from lamina.quality import Metric
 
@@ -36,17 +38,25 @@ class Trial:
 
     def begin(self, program: Program, places: Mapping[Place, np.ndarray]) -> None:
         """Compile what follows the stream once, with the operands at ``places`` left open."""
-        # each gets an initializer of its own first, so that nobody else sees what is tried
-        same = [Repair(*place, packed(array)) for place, array in places.items()]
-        prepared = apply_repairs(program, same)
-        nodes = {n.name: n for n in prepared.graph}
-        self._names = {place: _operand(nodes[place[0]], place[1]) for place in places}
-        self._weights = {self._names[place]: array for place, array in places.items()}
-        self._rest = self._stream.rest(prepared, self._outputs, list(self._weights))
+        self._names: dict[Place, str] = {}
+        self._weights: dict[str, np.ndarray] = {}
+
+        def loosen(piece: Program) -> list[str]:
+            # each gets an initializer of its own first, so that nobody else sees what is tried
+            rewriter = Rewriter(piece.model)
+            for place, array in places.items():
+                if rewriter.has_node(place[0]):  # else no output depends on it
+                    name = put(rewriter, *place, array).name or ""
+                    self._names[place], self._weights[name] = name, array
+            remove_unused_initializers(piece.model)
+            return list(self._weights)
+
+        self._rest = self._stream.rest(program, self._outputs, loosen)
 
     def better(self, repairs: Sequence[Repair] = ()) -> bool:
         """Whether the outputs diverge less with the repairs than with everything tried before."""
-        fresh = {self._names[r.node, r.operand]: unpacked(r.array) for r in repairs}
+        places = [(r, self._names.get((r.node, r.operand))) for r in repairs]
+        fresh = {name: unpacked(r.array) for r, name in places if name is not None}
         weights = {**self._weights, **fresh}
         features = [
             self._metric.features(self._rest.run(number, weights), self._batches[number], reference)
@@ -57,14 +67,6 @@ class Trial:
             return False
         self._best = found
         return True
-
-
-def _operand(node: ir.Node, operand: int) -> str:
-    """Name of the weight at a place; behind a node, of what is added there."""
-    if operand == BEHIND:
-        node, operand = next(iter(node.outputs[0].uses())).node, 1
-    value = node.inputs[operand]
-    return "" if value is None else value.name or ""
 
 
 def open_places(wave: Sequence[RepairSite], program: Program, *, add_biases: bool) -> dict[Place, np.ndarray]:
