@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +92,7 @@ def put(rewriter: Rewriter, name: str, operand: int, array: np.ndarray) -> ir.Va
     """
     node = rewriter.node(name)
     if operand == BEHIND:
-        return _add_behind(node, array, rewriter)
+        return _shift_behind(node, array, rewriter)
     if operand >= len(node.inputs) or node.inputs[operand] is None:
         if node.op_type not in ("Gemm", "Conv") or operand != 2:
             raise PassError(
@@ -122,18 +122,23 @@ def put(rewriter: Rewriter, name: str, operand: int, array: np.ndarray) -> ir.Va
     return fresh
 
 
-def _add_behind(node: ir.Node, array: np.ndarray, rewriter: Rewriter) -> ir.Value:
+def _shift_behind(node: ir.Node, array: np.ndarray, rewriter: Rewriter) -> ir.Value:
     """``y + array`` for everybody who read y; returns what holds the array."""
+    bias = rewriter.constant(array, f"{node.name}_bias")
+    add_behind(node, lambda: bias, rewriter, f"{node.name}_shifted")
+    return bias
+
+
+def add_behind(node: ir.Node, build: Callable[[], ir.Value], rewriter: Rewriter, name: str) -> None:
+    """The node's first output and what ``build`` makes, summed, for everybody who read the output."""
     value = node.outputs[0]
     after = next((n for n in rewriter.graph if any(v is value for v in n.inputs)), None)
-    bias = rewriter.constant(array, f"{node.name}_bias")
-    added = rewriter.at(after).op(
-        "Add", [value, bias], name=f"{node.name}_shifted", dtype=value.dtype, shape=value.shape
-    )
+    rewriter.at(after)
+    term = build()
+    added = rewriter.op("Add", [value, term], name=name, dtype=value.dtype, shape=value.shape)
     rewriter.at(None)
     maker, shown = added.producer(), value.is_graph_output()
     rewriter.replace_uses(value, added, keep=() if maker is None else (maker,))
     if not shown:  # later repairs know it by the name it had
-        name, value.name = value.name, rewriter.fresh(f"{value.name}_unshifted")
-        added.name = name
-    return bias
+        known, value.name = value.name, rewriter.fresh(f"{value.name}_unshifted")
+        added.name = known

@@ -11,7 +11,7 @@ from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.passes.compensate import compensate
 from lamina.passes.merge_conv_chain import MergeConvChain
-from lamina.planner.apply import removes
+from lamina.planner.apply import STANDS_FOR, removes
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
@@ -107,16 +107,17 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
 
     Behind a dropped branch, or one whose replacement was folded into the weights before it, the skip stands
     where the sum was; else what replaces the branch does. Runs of such branches are followed to their end.
+    What a quantized operator gives stands for what the operator gave.
     """
-    made = {v.name or "" for n in program.graph for v in n.outputs}
+    values = {v.name or "": v for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
     for move in moves:
         if not removes(move) or len(move.site.outputs) != 1 or move.site.transform == MergeConvChain.name:
             continue
         instead = f"{move.site.nodes[-1]}_matched_bias_out"
-        skip = instead if instead in made else move.site.inputs[0]
+        skip = instead if instead in values else move.site.inputs[0]
         steps[skip] = move.site.outputs[0]
-    found = {}
+    found = {name: str(v.meta[STANDS_FOR]) for name, v in values.items() if STANDS_FOR in v.meta}
     for name, last in steps.items():
         while last in steps:
             last = steps[last]

@@ -11,6 +11,7 @@ from lamina.data import Dataset
 from lamina.ir.program import Program
 from lamina.passes import get_transform
 from lamina.passes.fold import apply_named
+from lamina.passes.low_rank_path import apply_paths
 from lamina.passes.pass_ import Site
 from lamina.passes.repair import apply_repairs
 from lamina.planner.apply import apply_drops, apply_rest, removes
@@ -52,10 +53,10 @@ def realize(
 
 
 def reproduce(captured: Program, plan: Plan) -> Program:
-    """Apply a whole plan to a captured program: folds, drops, the other moves, repairs, finishing passes."""
+    """Apply a whole plan to a captured program: folds, drops, the other moves, repairs, paths, finishing."""
     program = apply_named(captured, plan.folds)
     program = apply_rest(apply_drops(program, plan.moves), plan.moves)
-    program = apply_repairs(program, plan.repairs)
+    program = apply_paths(apply_repairs(program, plan.repairs), plan.paths)
     return apply_named(program, plan.finishing)
 
 
