@@ -20,10 +20,11 @@ from lamina.ir.capture import capture
 from lamina.ir.program import Program
 from lamina.passes import get_transform, transform_names
 from lamina.passes.fold.catalog import load
+from lamina.planner.affordable import affordable
 from lamina.planner.blame import describe
 from lamina.planner.builder import Builder
 from lamina.planner.evidence import Final, evidence, front, with_reasons
-from lamina.planner.finish import affordable, choose, infeasible
+from lamina.planner.finish import choose, infeasible
 from lamina.planner.forms import Folded, pick_forms
 from lamina.planner.goal import make_goal
 from lamina.planner.judge import Judge, Verdict

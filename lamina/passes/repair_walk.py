@@ -79,6 +79,8 @@ class Walk:
         self._entries = {n.name: [v.name or "" for v in n.inputs if v is not None] for n in changed.graph}
         self._waves = list(waves(changed, self.sites))
         self._ranks = distances(original, changed, self._waves, stands_for or {})
+        if not self.sites:
+            return  # nothing to try
         self.trial = Trial(original, self._batches, self._streams, divergence or get_metric(None, original))
         self.trial.begin(changed, {})
         self.trial.better()

@@ -10,6 +10,7 @@ import numpy as np
 from lamina.backends.measure import Ratio
 from lamina.errors import InfeasibleBudget
 from lamina.ir.io import serialized_size
+from lamina.planner.affordable import affordable
 from lamina.planner.builder import Builder, Finalist
 from lamina.planner.costs import fit_scales
 from lamina.planner.judge import Judge, Verdict
@@ -25,8 +26,6 @@ ROUNDS = 3
 LOOKS = 5
 # When report data turns a plan down: the next one's divergence is between these shares of its divergence.
 TIGHTER = (0.5, 0.85)
-# A latency bound must hold when somebody measures again: 1.5 % is what repeated medians differ by here.
-MARGIN = 0.985
 
 
 def shortlist(builder: Builder, candidates: Sequence[Candidate], goal: Goal) -> None:
@@ -82,7 +81,7 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         finalist = _next(request, builder, search, limit)
         if finalist is None:
             break
-        verdict = judge.score(mend(request, builder, finalist))
+        verdict = judge.score(mend(request, builder, finalist, goal))
         if verdict.damage <= allowed:
             return verdict
         failed = verdict
@@ -170,48 +169,6 @@ def _next(
         if f.candidate.feasible(goal) and f.candidate.surrogate <= limit and affordable(request, builder, f)
     ]
     return min(fit, key=lambda f: _measured(f, goal), default=None)
-
-
-def affordable(
-    request: Request,
-    builder: Builder,
-    finalist: Finalist,
-    *,
-    original_s: float | None = None,
-    margin: float = MARGIN,
-) -> bool:
-    """Whether every cost bound holds as measured on the finished model.
-
-    A model slower than the original on some case is never affordable where latency is bounded or all there
-    is to gain. Who bounds another cost gets the fastest plan that keeps to it, even if nothing that does is
-    as fast as the original.
-
-    Args:
-        request: The budget.
-        builder: Knows what the original costs.
-        finalist: A finished model with its measured latency.
-        original_s: Latency of the original measured beside it; that of the beginning when omitted.
-        margin: Share of a latency bound that may be used.
-    """
-    budget, relative = request.budget, finalist.relative
-    model = finalist.realized.program.model
-    only_gain = request.minimize == "latency" and not budget.costs
-    if (only_gain or budget.latency is not None) and relative.slower_somewhere:
-        return False
-    for bound in budget.costs:
-        if bound.axis == "latency":
-            scale = 1.0 if bound.relative else 1.0 / (original_s or builder.original_latency_s)
-            if relative.ratio > bound.value * scale * margin:
-                return False
-        elif bound.axis == "size":
-            if serialized_size(model) > bound.limit(builder.original_size):
-                return False
-        elif bound.axis == "memory":
-            if builder.memory(finalist) > bound.limit(builder.original_memory()):
-                return False
-        elif finalist.candidate.predicted["flops"] > bound.limit(builder.prepared.original_cost.flops):
-            return False
-    return True
 
 
 def infeasible(

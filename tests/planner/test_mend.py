@@ -64,8 +64,8 @@ def test_the_terminal_says_what_was_repaired(
     text = " ".join(capsys.readouterr().out.split())
     damages = f"{told['before']:+.4f} -> {told['after']:+.4f}"
     assert (
-        f"compensation kept: {told['operators']} operators refitted, damage on selection data {damages}"
-        in text
+        f"compensation kept: {told['operators']} operators refitted, 0 low-rank paths, "
+        f"damage on selection data {damages}" in text
     )
     result_tables({**dropped.evidence, "compensation": None}, ["out/model.onnx"])
     assert "compensation" not in capsys.readouterr().out
