@@ -110,6 +110,7 @@ class _Finder:
         before, after = value_digests([original.model, changed.model])
         self._before = {v.name: d for v, d in before.items() if v.name}
         self._after = {v.name: d for v, d in after.items() if v.name}
+        self._rectified = {n.inputs[0].name for n in original.graph if n.op_type == "Relu" and n.inputs[0]}
         self._shapes, self._original_shapes, self._stands_for = shapes, original_shapes, stands_for
 
     def target(self, value: ir.Value) -> str | None:
@@ -137,6 +138,8 @@ class _Finder:
             value = following
             if (found := self.target(value)) is not None:
                 target, end, summed = found, value, True
+        if (found := self._through_relu(value)) is not None:
+            target, end, summed = found, value, True
         if target is None:
             return Refusal(NAME, label, "the original has nothing to compare its output with")
         if self._clean(end, target):
@@ -175,6 +178,21 @@ class _Finder:
     def _width(self, node: ir.Node) -> int:
         shape = self._shapes[node.outputs[0].name or ""][0]
         return shape[1 if node.op_type == "Conv" else -1]
+
+    def _through_relu(self, value: ir.Value) -> str | None:
+        """The sum that ``value`` should be where its Relu stands for one that goes through a Relu too.
+
+        Blocks that end in ``relu(x + f(x))``: without f, the Relu before should be relu(sum), which it is
+        where what it reads is that sum.
+        """
+        uses = value.uses()
+        node = next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
+        if node is None or node.op_type != "Relu" or node.domain:
+            return None
+        name = node.outputs[0].name or ""
+        if name not in self._stands_for or (target := self.target(node.outputs[0])) is None:
+            return None
+        return target if target in self._rectified else None
 
     def _sum_behind(self, value: ir.Value) -> ir.Value | None:
         """The sum of ``value`` and another activation of its shape, if nothing else reads ``value``."""
