@@ -120,8 +120,8 @@ def reach(request: Request, builder: Builder, search: Search) -> None:
         and costs.predict(c.genome)[goal.minimize] < limit
     ]
     near.sort(key=lambda c: costs.predict(c.genome)[goal.minimize])
-    for tried, finalist in enumerate(builder.finish(near[:_TRIES], seconds=1.5 * (_TRIES + 1))):
-        mended = mend(request, builder, finalist, goal, part=1 / (_TRIES + 1 - tried))
+    for finalist in builder.finish(near[:_TRIES], seconds=1.5 * (_TRIES + 1)):
+        mended = mend(request, builder, finalist, goal, part=0.5)
         told = builder.mended.get(finalist.candidate.genome)
         if told is None or not told.kept:
             continue
