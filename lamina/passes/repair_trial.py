@@ -21,7 +21,7 @@ from lamina.passes.repair_sites import RepairSite
 from lamina.quality import Metric
 
 # Half-way a trial may be so many times the best so far, and go on.
-_CLEARLY = 1.05
+_CLEARLY = 1.25
 
 Place = tuple[str, int]  # a node and which of its operands
 
