@@ -3,8 +3,7 @@
     python -m tools.studies.depth.calibration
 
 Two branches gone (layer2.4, layer3.2), repaired at once, scored on 2,000 report images. The images that the
-network was not trained on are of the selection set, of which nothing else is used here but 500 others that
-name the divergence.
+network was not trained on are of the selection set, on which nothing else is chosen here.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
     case = next(c for c in CASES if c.name == "resnet56")
-    study = Study.of(case, 500, 2000)
+    study = Study.of(case, 48, 2000)
     moves = [m for m in drops(study.program) if m.site.name in GONE]
     plain = apply_moves(study.program, moves)
     for name, (x, how) in images(case.load()["selection"]["x"]).items():
