@@ -90,8 +90,8 @@ class Moments:
             cross = self.xy - self.x * offset
             explained = float((matrix * (matrix * self.xx - 2 * cross)).sum())
         else:
-            cross = float((matrix.T * self.xy).sum()) - float((matrix @ self.x) @ offset)
-            explained = float((matrix @ self.xx * matrix).sum()) - 2.0 * cross
+            agreed = float((matrix.T * self.xy).sum()) - float((matrix @ self.x) @ offset)
+            explained = float((matrix @ self.xx * matrix).sum()) - 2.0 * agreed
         return max(0.0, energy + explained) / max(self.count, 1e-300)
 
 
