@@ -14,6 +14,7 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("drop", "lamina.passes.drop_branch:DropBranch"),
     ("direct-matching", "lamina.passes.replace_branch:ReplaceBranch"),
     ("merge-conv-chain", "lamina.passes.merge_conv_chain:MergeConvChain"),
+    ("share", "lamina.passes.share:Share"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 
