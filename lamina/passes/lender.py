@@ -62,7 +62,7 @@ class Lender:
 
     def reuse(self, site: Site, donor: str, name: str) -> Option:
         """Run the donor's matrices as they are."""
-        parameters = {"donor": donor, "flops_share": 1.0}
+        parameters = {"donor": donor, "flops_share": 1.0, "outputs": self._outputs(site)}
         return Option(name, parameters, borrows=self.twins.sites[donor].weights)
 
     def remainder(self, site: Site, donor: str, share: float) -> Option | None:
@@ -88,8 +88,15 @@ class Lender:
                 "up": packed(up.astype(array.dtype)),
             }
             extra, own = extra + down.size + up.size, own + mine.size
-        parameters = {"donor": donor, "flops_share": 1.0 + extra / own, "remainders": pairs}
-        return Option(f"remainder-{rank}", parameters, borrows=lent)
+        facts = {**self.reuse(site, donor, "").parameters, "flops_share": 1.0 + extra / own}
+        return Option(f"remainder-{rank}", {**facts, "remainders": pairs}, borrows=lent)
+
+    def _outputs(self, site: Site) -> list[list[int]]:
+        """Which node of the site makes each of its outputs, and as which of its own."""
+        nodes = {n.name: n for n in self.program.graph}
+        made = [(v.name, [i, k]) for i, n in enumerate(site.nodes) for k, v in enumerate(nodes[n].outputs)]
+        places = dict(made)
+        return [places[name] for name in site.outputs]
 
     def _array(self, weight: str) -> np.ndarray:
         tensor = self.program.graph.initializers[weight].const_value

@@ -105,8 +105,8 @@ class Share(Transform):
             if pair is not None and x is not None:
                 down, up = unpacked(pair["down"]), unpacked(pair["up"])
                 made[node.outputs[0]] = add_remainder(node, x, copy.outputs[0], down, up, rewriter)
-        by_name = {old.name: new for old, new in made.items()}
-        return [by_name[name] for name in site.outputs]
+        places = option.parameters["outputs"]  # trap: the names of what the interface hands out may move
+        return [made[nodes[site.nodes[place]].outputs[k]] for place, k in places]
 
     def finish(self, site: Site, rewriter: Rewriter) -> None:
         """Take the branch's own nodes out; what runs in their place gets their names.

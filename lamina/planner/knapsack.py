@@ -220,7 +220,7 @@ def _border_rows(costs: Costs, first: Sequence[int], rows: _Rows, count: int) ->
 
 
 def _loan_rows(costs: Costs, first: Sequence[int], rows: _Rows, lent: int) -> None:
-    """A loan is out where owner and borrower are taken: z >= owner + borrower - 1 for each pair of choices."""
+    """A loan is out where owner and borrower are taken: z >= owner + borrower - 1."""
 
     def columns(genes: Sequence[tuple[int, int]]) -> list[dict[int, float]]:
         found: dict[int, dict[int, float]] = {}

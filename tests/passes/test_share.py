@@ -284,7 +284,10 @@ def test_a_donor_that_is_not_there_is_an_error() -> None:
     program = NETS["mlp"]()
     site = next(s for s in Share().sites(program) if isinstance(s, Site))
     with pytest.raises(PassError) as caught:
-        apply_moves(program, [Move(site, Option("reuse-next", {}, borrows=("gone",) * len(site.weights)))])
+        apply_moves(
+            program,
+            [Move(site, Option("reuse-next", {"outputs": []}, borrows=("gone",) * len(site.weights)))],
+        )
     assert "borrows 'gone', which is not in the program" in str(caught.value)
 
 
