@@ -17,6 +17,7 @@ from lamina.data import Dataset
 from lamina.errors import PassError
 from lamina.ir.io import serialized_size
 from lamina.ir.program import Program
+from lamina.ir.rewriter import Rewriter
 from lamina.ir.verify import verify_structure
 from lamina.passes.pass_ import Option, Refusal, Site
 from lamina.passes.remainder import energy, low_rank
@@ -296,3 +297,13 @@ def test_rank_shares_are_checked(share: float) -> None:
     with pytest.raises(PassError) as caught:
         Share((share,))
     assert str(caught.value) == "rank shares lie between 0 and 1\n  at share"
+
+
+def test_a_name_is_given_away_only_once_it_is_free() -> None:
+    rewriter = Rewriter(stacked(1).model)
+    with pytest.raises(PassError) as caught:
+        rewriter.rename(rewriter.node("up0"), "down0", ["x0"])
+    assert str(caught.value) == "a node is called 'down0'\n  remove it before its name is given away"
+    rewriter.rename(rewriter.node("up0"), "free", [None])
+    assert rewriter.node("free").outputs[0].name == "up0_out"
+    assert not rewriter.has_node("up0")
