@@ -75,7 +75,7 @@ def sequences(model: Model) -> Iterator[str]:
     for row in (r for r in model["rows"] if "latency" in r):
         low, high = row["latency_spread"]
         yield ""  # a line right below a table would be a row of it
-        yield f"CPU time of '{row['way']}' over the original's: {row['latency']:.3f} ({low:.3f} to {high:.3f})."
+        yield f"CPU time of '{row['way']}' over the original's: {row['latency']:.3f} ({low:.3f}..{high:.3f})."
 
 
 def _two(values: Sequence[float]) -> str:
