@@ -48,7 +48,7 @@ from tools.studies.depth.repair import drops
 from tools.studies.depth.scoring import TARGET, Study
 
 # Of the moves of a step, those that were least harmful alone are looked at.
-LOOKS = 8
+LOOKS = 5
 Tell = Callable[[str], None]
 
 
@@ -76,18 +76,17 @@ class Subject:
         """On selection samples."""
         return self.study.order.diverges(apply_moves(self.program, moves))
 
-    def pairs(self) -> Iterator[dict[str, Any]]:
-        """Every branch on every relative's matrices, with their distance."""
+    def pairs(self, most: int | None = None) -> Iterator[dict[str, Any]]:
+        """Every branch on the matrices of its ``most`` nearest relatives, None: of all; with their distance."""
         weighted = Lender(self.program, self.twins, self.statistics)
         plain = Lender(self.program, self.twins, Statistics(0))
         for name, family in self.twins.family.items():
-            for donor in family:
-                if donor == name:
-                    continue
+            apart = {other: abs(family.index(name) - k) for k, other in enumerate(family) if other != name}
+            for donor in sorted(apart, key=apart.__getitem__)[:most]:
                 yield {
                     "branch": name,
                     "donor": donor,
-                    "apart": abs(family.index(name) - family.index(donor)),
+                    "apart": apart[donor],
                     "distance": plain.distance(name, donor),
                     "weighted": weighted.distance(name, donor),
                     "divergence": self.study.order.diverges(apply_shares(self.program, {name: donor})),
@@ -173,7 +172,7 @@ def study(case: Case, options: argparse.Namespace, tell: Tell) -> dict[str, Any]
     """All that is known of one reference model."""
     about = Subject.of(Study.of(case, options.order_samples, options.report_samples), tell)
     tell(f"{case.name}: {len(about.twins.sites)} branches with relatives")
-    pairs = list(about.pairs())
+    pairs = list(about.pairs(options.relatives))
     gone = list(drops(about.program))
     offered = list(about.offered())
     alone = [about.diverges([m]) for m in offered]
@@ -249,6 +248,7 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="*", default=["resnet56", "kwt1", "stories260k", "minilm"])
     parser.add_argument("--most", type=int, default=3, help="branches to change")
+    parser.add_argument("--relatives", type=int, help="donors of each branch in pairs, nearest first; all")
     parser.add_argument("--order-samples", type=int, default=64, help="selection samples moves are judged on")
     parser.add_argument("--report-samples", type=int, help="report samples, evenly; all if not given")
     parser.add_argument("--out", type=Path, default=Path("depth_share.json"))
