@@ -77,7 +77,7 @@ class Subject:
         return self.study.order.diverges(apply_moves(self.program, moves))
 
     def pairs(self, most: int | None = None) -> Iterator[dict[str, Any]]:
-        """Every branch on the matrices of its ``most`` nearest relatives, None: of all; with their distance."""
+        """Every branch on the matrices of its ``most`` nearest relatives (None: all), and their distance."""
         weighted = Lender(self.program, self.twins, self.statistics)
         plain = Lender(self.program, self.twins, Statistics(0))
         for name, family in self.twins.family.items():
