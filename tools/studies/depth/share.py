@@ -104,8 +104,7 @@ class Subject:
         """The sequence of moves at different branches after which the outputs diverge least, step by step."""
         taken: list[Move] = []
         for _ in range(most):
-            used = {m.site.name for m in taken}
-            left = sorted((k for k, m in enumerate(moves) if m.site.name not in used), key=alone.__getitem__)
+            left = sorted((k for k, m in enumerate(moves) if _fits(m, taken)), key=alone.__getitem__)
             if not left:
                 return
             best = min(
@@ -148,6 +147,16 @@ class Subject:
                 made = _stored(node, down @ up, array)
                 clone.graph.initializers[weight].const_value = ir.Tensor(made, name=weight)
         return clone
+
+
+def _fits(move: Move, taken: Sequence[Move]) -> bool:
+    """Whether a move changes another branch than those before, and every donor keeps its own matrices.
+
+    What a branch lends stays in the file: were it to borrow as well, that would save nothing.
+    """
+    changed = {m.site.name for m in taken}
+    donors = {m.option.parameters.get("donor") for m in taken}
+    return move.site.name not in changed | donors and move.option.parameters.get("donor") not in changed
 
 
 def _reads(node: ir.Node, weight: str) -> bool:
