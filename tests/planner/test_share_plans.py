@@ -20,6 +20,7 @@ from lamina.backends.backend import Target
 from lamina.budget import Budget
 from lamina.ir.io import serialized_size
 from lamina.ir.program import Program
+from lamina.passes import default_transforms, transform_names
 from lamina.passes.drop_branch import DropBranch
 from lamina.passes.pass_ import Site, Transform
 from lamina.passes.quantize import Quantize
@@ -293,3 +294,8 @@ def test_sharing_is_looked_at_only_where_size_counts(budget: str, minimize: str,
     asked: Any = Asked()
     asked.budget, asked.minimize = Budget.parse(budget), minimize
     assert ("share" in {t.name for t in useful_transforms(asked)}) is looks
+
+
+def test_sharing_is_used_only_when_it_is_named() -> None:
+    assert "share" in transform_names()
+    assert set(transform_names()) - set(default_transforms()) == {"share"}
