@@ -18,7 +18,7 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 
-# Those a search uses only when they are named. share: what it saves, drop saves too for about the same damage,
+# Those a search uses only when they are named. share: what it saves drop saves too, for about as much damage,
 # and time with it; storing weights in fewer bits saves more for less (docs/depth.md, "Sharing").
 ON_REQUEST = frozenset({"share"})
 
