@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from lamina.analysis.ranges import RANGE_METHODS
 from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
@@ -32,7 +33,6 @@ FORMS = (
     "float16-compute",
 )
 _LINEAR = ("matmul", "gemm")
-_RANGES = ("mse", "percentile", "minmax")
 Emitter = Callable[[Site, Option, Rewriter, Mapping[str, ir.Node]], ir.Value]
 
 # (site kind, option name) -> what writes it
@@ -70,7 +70,7 @@ class Quantize(Transform):
 
     Attributes:
         forms: Options to offer, a subset of :data:`FORMS`.
-        ranges: How activation ranges are chosen: ``mse``, ``percentile`` or ``minmax``.
+        ranges: How activation ranges are chosen: ``mse``, ``percentile``, ``minmax`` or ``entropy``.
         clipping: How weight ranges are chosen: ``mse`` or ``minmax``.
         block: Elements that share a scale in the block forms: a power of two, 16 to 256.
         reduce_range: Use 7 bits of int8 weights. On x86 without VNNI the uint8 x int8 product saturates a
@@ -101,8 +101,10 @@ class Quantize(Transform):
         unknown = [form for form in self.forms if form not in FORMS]
         if unknown:
             raise PassError(f"quantize has no form '{unknown[0]}'", advice=f"choose from: {', '.join(FORMS)}")
-        if self.ranges not in _RANGES:
-            raise PassError(f"range method '{self.ranges}' is unknown", advice=f"choose one of {_RANGES}")
+        if self.ranges not in RANGE_METHODS:
+            raise PassError(
+                f"range method '{self.ranges}' is unknown", advice=f"choose one of {RANGE_METHODS}"
+            )
         if self.clipping not in CLIPPINGS:
             raise PassError(
                 f"weight clipping '{self.clipping}' is unknown", advice=f"choose one of {CLIPPINGS}"
