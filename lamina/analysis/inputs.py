@@ -24,15 +24,25 @@ class InputStatistics:
             inputs, of a convolution the elements of a window.
         vectors: Vectors in that sum.
         kept: float32 ``[n, group, k]``: some of those vectors.
-        minimum: Least element among the vectors.
-        maximum: Largest one.
+        lows: ``[group, k]``: least element of each input among the vectors.
+        highs: ``[group, k]``: largest one.
     """
 
     moments: np.ndarray
     vectors: int
     kept: np.ndarray
-    minimum: float
-    maximum: float
+    lows: np.ndarray
+    highs: np.ndarray
+
+    @property
+    def minimum(self) -> float:
+        """Least element among the vectors."""
+        return float(self.lows.min())
+
+    @property
+    def maximum(self) -> float:
+        """Largest element among the vectors."""
+        return float(self.highs.max())
 
 
 class SecondMoments:
@@ -41,7 +51,7 @@ class SecondMoments:
     def __init__(self, group: int, width: int, kept: int) -> None:
         self.total = np.zeros((group, width, width))
         self.count = 0
-        self.minimum, self.maximum = np.inf, -np.inf
+        self.lows, self.highs = np.full((group, width), np.inf), np.full((group, width), -np.inf)
         self._waiting: list[np.ndarray] = []
         self._most_kept = kept
         self._kept: list[np.ndarray] = []
@@ -50,8 +60,8 @@ class SecondMoments:
         """Take in ``[n, group, width]``, and keep the first ``keep`` of them whole."""
         if not len(vectors):
             return
-        self.minimum = min(self.minimum, float(vectors.min()))
-        self.maximum = max(self.maximum, float(vectors.max()))
+        self.lows = np.minimum(self.lows, vectors.min(axis=0))
+        self.highs = np.maximum(self.highs, vectors.max(axis=0))
         room = self._most_kept - sum(map(len, self._kept))
         if keep and room > 0:
             # spread over the batch, not from its first sample
@@ -66,7 +76,7 @@ class SecondMoments:
         """What was seen so far."""
         self._flush()
         kept = np.concatenate(self._kept) if self._kept else np.zeros((0, *self.total.shape[:2]), np.float32)
-        return InputStatistics(self.total, self.count, kept, self.minimum, self.maximum)
+        return InputStatistics(self.total, self.count, kept, self.lows, self.highs)
 
     def _flush(self) -> None:
         if not self._waiting:

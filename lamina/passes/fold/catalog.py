@@ -63,6 +63,7 @@ FORMS: tuple[str, ...] = (
 
 # After lossy moves, which leave conversions and dead weights behind.
 CLEANUP: tuple[str, ...] = (
+    "absorb_scale",
     "merge_qdq",
     "drop_redundant_relu",
     "remove_unused",

@@ -16,12 +16,14 @@ from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize.graph import FLOAT, attributes, constant_array, scalar, shared
 from lamina.passes.quantize.linear import linear_of
+from lamina.passes.quantize.smoothing import smoothed
 from lamina.passes.quantize.static import channel_form, channel_weights
 
 
 def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
     """MatMul or Gemm with its bias."""
-    product, parameters = linear_of(site, nodes), option.parameters
+    parameters = option.parameters
+    product = smoothed(linear_of(site, nodes), parameters, rewriter)
     axis = product.channel_axis
     made, form = channel_weights(product.weight, parameters, axis), channel_form(parameters, axis)
     codes = made.codes.T if product.transposed else made.codes

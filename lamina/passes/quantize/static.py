@@ -33,6 +33,7 @@ from lamina.passes.quantize.graph import (
     shared,
 )
 from lamina.passes.quantize.linear import Linear, linear_of
+from lamina.passes.quantize.smoothing import smoothed
 from lamina.passes.quantize.weights import QuantizedWeight, encode, quantize_channels
 
 # A bias in units of s_x * s_w must fit int32 with room for the sum it is added to.
@@ -80,7 +81,8 @@ def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str
 
 def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
     """MatMul or Gemm with its bias, float result: becomes MatMulIntegerToFloat or QGemm."""
-    product, parameters = linear_of(site, nodes), option.parameters
+    parameters = option.parameters
+    product = smoothed(linear_of(site, nodes), parameters, rewriter)
     if product.left:
         return _emit_left(site, parameters, rewriter, product)
     x = quantize_dequantize(rewriter, product.activation, parameters["input"], f"{site.name}.input")

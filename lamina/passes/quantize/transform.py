@@ -19,6 +19,7 @@ from lamina.passes.quantize.activations import activation_range, shares_mean, va
 from lamina.passes.quantize.graph import FLOAT, constant_array
 from lamina.passes.quantize.linear import linear_of
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
+from lamina.passes.quantize.smoothing import RULES, Rule, Smoothing, check_rules, choose_smoothing
 from lamina.passes.quantize.weight_only import weight_place
 from lamina.passes.quantize.weights import CLIPPINGS, Clipping
 
@@ -72,6 +73,9 @@ class Quantize(Transform):
         forms: Options to offer, a subset of :data:`FORMS`.
         ranges: How activation ranges are chosen: ``mse``, ``percentile``, ``minmax`` or ``entropy``.
         clipping: How weight ranges are chosen: ``mse`` or ``minmax``.
+        smoothing: Rules that scales between an activation's channels and its weights are chosen from: alphas
+            of SmoothQuant and ``log``; the one with the least output error is taken where it pays. Needs
+            calibration vectors (``statistics.inputs``); empty: none.
         block: Elements that share a scale in the block forms: a power of two, 16 to 256.
         reduce_range: Use 7 bits of int8 weights. On x86 without VNNI the uint8 x int8 product saturates a
             16-bit sum, which is silently wrong with large weights; 7 bits cannot saturate. None: where the
@@ -84,6 +88,7 @@ class Quantize(Transform):
     forms: tuple[str, ...] = FORMS
     ranges: str = "mse"
     clipping: Clipping = "mse"
+    smoothing: tuple[Rule, ...] = RULES
     block: int = 32
     reduce_range: bool | None = None
     dynamic_conv: bool = False
@@ -109,6 +114,7 @@ class Quantize(Transform):
             raise PassError(
                 f"weight clipping '{self.clipping}' is unknown", advice=f"choose one of {CLIPPINGS}"
             )
+        check_rules(self.smoothing)
         if self.block not in (16, 32, 64, 128, 256):
             raise PassError(f"block={self.block} is not possible", advice="choose 16, 32, 64, 128 or 256")
 
@@ -185,8 +191,12 @@ class Quantize(Transform):
         if form.startswith("float16"):
             array = _weight(site, program)
             return Option(form) if array is not None and float16.fits_float16(array) else None
-        if form in ("w8a8-dynamic", "stored-w8"):
+        if form == "stored-w8":
             return Option(form, self._channels(bits, site, program, statistics))
+        if form == "w8a8-dynamic":
+            found = self._smoothing(site, program, statistics, bits, None)
+            smooth = {} if found is None else {"smooth": found.parameters()}
+            return Option(form, {**self._channels(bits, site, program, statistics), **smooth})
         parameters: dict[str, Any] = {
             "weight_bits": 4 if form.endswith("w4") else 8,
             "clipping": self.clipping,
@@ -207,6 +217,15 @@ class Quantize(Transform):
             balance = "row"
         return {"weight_bits": bits, "clipping": self.clipping, "balance": balance}
 
+    def _smoothing(
+        self, site: Site, program: Program, statistics: Any, bits: int, ranges: str | None
+    ) -> Smoothing | None:
+        if not self.smoothing or site.kind not in _LINEAR or _is_left(site, program):
+            return None
+        return choose_smoothing(
+            program, site.inputs[0], statistics, rules=self.smoothing, bits=bits, ranges=ranges
+        )
+
     def _static(self, site: Site, program: Program, statistics: Any, bits: int) -> Option | None:
         inputs = [activation_range(program, name, statistics, self.ranges) for name in site.inputs]
         if any(given is None for given in inputs):
@@ -218,6 +237,9 @@ class Quantize(Transform):
             parameters: dict[str, Any] = {"inputs": inputs, "output": output}
             return None if output is None else Option("w8a8-static", parameters, "int8", "int8")
         parameters = {"input": inputs[0], **self._channels(bits, site, program, statistics)}
+        if (found := self._smoothing(site, program, statistics, bits, self.ranges)) is not None:
+            parameters["input"] = {"scale": found.scale, "zero_point": found.zero_point}
+            parameters["smooth"] = found.parameters()
         if site.kind != "conv":
             return Option("w8a8-static", parameters, "int8", "float")
         written: Form = "int8"

@@ -20,6 +20,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from lamina.analysis.needs import Need
+from lamina.analysis.ranges import RANGE_METHODS
 from lamina.analysis.statistics import Statistics, collect
 from lamina.data import Dataset
 from lamina.ir.capture import capture
@@ -63,7 +65,7 @@ def statistics(case: Case) -> Statistics:
     sites = [s for s in Quantize().sites(program) if isinstance(s, Site) and s.kind != "embedding"]
     names = [n for s in sites for n in (*s.inputs, *s.outputs)]
     data = Dataset(samples(case)[0], {}, min(16, case.batch_size))
-    return collect(program, data, ranges=names, threads=1)
+    return collect(program, data, ranges=names, needs=(Need.INPUTS,), threads=1)
 
 
 def ours(form: str, **options: Any) -> Callable[[Case, Path], Path]:
@@ -99,9 +101,12 @@ def peer(kind: str, **options: Any) -> Callable[[Case, Path], Path]:
 
 
 VARIANTS: Mapping[str, Callable[[Case, Path], Path]] = {
-    "static": ours("w8a8-static"),
-    "dynamic": ours("w8a8-dynamic"),
-    "static minmax": ours("w8a8-static", ranges="minmax"),
+    **{f"static {r}": ours("w8a8-static", ranges=r, smoothing=()) for r in RANGE_METHODS},
+    "dynamic": ours("w8a8-dynamic", smoothing=()),
+    "static smooth": ours("w8a8-static"),
+    "dynamic smooth": ours("w8a8-dynamic"),
+    **{f"static {rule}": ours("w8a8-static", smoothing=(rule,)) for rule in (0.5, 0.8, "log")},
+    **{f"dynamic {rule}": ours("w8a8-dynamic", smoothing=(rule,)) for rule in (0.5, 0.8, "log")},
     "ort-static": peer("static"),
     "ort-dynamic": peer("dynamic"),
     "ort-static-7": peer("static", reduce_range=True),
