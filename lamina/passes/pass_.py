@@ -32,7 +32,7 @@ class Lossy:
 
 
 Effect = Exact | Rounding | Lossy
-Need = Literal["ranges", "branches", "matches"]
+Need = Literal["ranges", "inputs", "branches", "matches"]
 Form = Literal["float", "int8"]
 
 

@@ -28,7 +28,7 @@ from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs, shared_costs
-from lamina.planner.realize import Realized, realize
+from lamina.planner.realize import Realized, realize, statistics_of
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.shortlist import single_damages
@@ -82,6 +82,7 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Ref
             program,
             calibration_rows(request),
             ranges=wanted,
+            needs=statistics_of(request.transforms),
             progress=lambda done, total: progress.update("analyze", done, total),
         )
         statistics = with_matches(request, program, transforms, statistics)

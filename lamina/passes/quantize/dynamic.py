@@ -17,7 +17,7 @@ from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize.graph import FLOAT, attributes, constant_array, scalar, shared
 from lamina.passes.quantize.linear import linear_of
 from lamina.passes.quantize.smoothing import smoothed
-from lamina.passes.quantize.static import channel_form, channel_weights
+from lamina.passes.quantize.static import channel_form, channel_weights, shifted
 
 
 def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
@@ -37,7 +37,7 @@ def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[s
     scale = made.scale * np.float32(product.alpha)
     shape = (-1, 1) if product.left else (-1,)
     y = _to_float(site, rewriter, "MatMulInteger", inputs, {}, step, scale.astype(np.float32).reshape(shape))
-    bias = product.bias_vector()
+    bias = shifted(product.bias_vector(), parameters)
     if bias is None:
         return y
     value = rewriter.constant(bias, f"{site.name}.bias")
@@ -56,7 +56,7 @@ def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str
     column = (-1,) + (1,) * (made.codes.ndim - 2)
     inputs = [x, weight, zero]
     y = _to_float(site, rewriter, "ConvInteger", inputs, attributes(conv), step, made.scale.reshape(column))
-    array = constant_array(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    array = shifted(constant_array(conv.inputs[2]) if len(conv.inputs) > 2 else None, parameters)
     if array is not None:
         bias = rewriter.constant(array.reshape(column), f"{site.name}.bias")
         y = rewriter.op("Add", [y, bias], name=f"{site.name}.add", dtype=FLOAT)

@@ -184,30 +184,40 @@ def _readers(value: ir.Value | None) -> Iterator[tuple[ir.Node, Linear]]:
                 yield node, product
 
 
+def factors(parameters: Mapping[str, Any]) -> np.ndarray:
+    """What the option divides the activation's channels by, float32 ``[K]``; one 1 where it does not."""
+    given = parameters.get("smooth")
+    exponents = np.zeros(1) if given is None else np.asarray(given["exponents"], np.float64)
+    return np.exp2(exponents).astype(np.float32)
+
+
 def smoothed(product: Linear, parameters: Mapping[str, Any], rewriter: Rewriter) -> Linear:
     """The product on the scaled activation and with the scaled weight, as the option says."""
-    given = parameters.get("smooth")
-    if given is None:
+    if "smooth" not in parameters:
         return product
-    exponents = np.asarray(given["exponents"], np.int64)
-    form = f"smooth.{zlib.crc32(exponents.tobytes()):08x}"
-    factor = np.exp2(-exponents).astype(np.float32)
-    constant = shared(rewriter, product.activation, f"{form}.factor", factor)
+    factor = factors(parameters)
+    form = _form(factor)
+    constant = shared(rewriter, product.activation, f"{form}.factor", np.float32(1.0) / factor)
     name = f"{product.activation.name}.{form}"
     x = rewriter.op("Mul", [product.activation, constant], name=name, dtype=FLOAT)
     x.shape = product.activation.shape
-    return replace(product, activation=x, weight=_scaled(product, exponents, form))
+    return replace(product, activation=x, weight=smoothed_weight(product, parameters))
 
 
-def _scaled(product: Linear, exponents: np.ndarray, form: str) -> ir.Value:
+def smoothed_weight(product: Linear, parameters: Mapping[str, Any]) -> ir.Value:
     """The weight times its scales, as a constant that belongs to no graph yet; one a process."""
-    tensor = constant_tensor(product.weight)
+    if "smooth" not in parameters:
+        return product.weight
+    factor, tensor = factors(parameters), constant_tensor(product.weight)
     assert tensor is not None
-    form = f"{form}.axis{1 - product.channel_axis}"
+    form = f"{_form(factor)}.axis{1 - product.channel_axis}"
     known = _SCALED.setdefault(tensor, {})
     if form not in known:
-        factor = np.exp2(exponents).astype(np.float32)
         array = tensor.numpy() * (factor if product.channel_axis == 0 else factor[:, None])
         name = f"{product.weight.name}.{form}"
         known[form] = ir.Value(name=name, const_value=ir.Tensor(array, name=name))
     return known[form]
+
+
+def _form(factor: np.ndarray) -> str:
+    return f"smooth.{zlib.crc32(factor.tobytes()):08x}"

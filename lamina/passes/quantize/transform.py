@@ -16,6 +16,7 @@ from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Effect, Form, Lossy, Need, Option, Refusal, Site, Transform
 from lamina.passes.quantize import carriers, dynamic, float16, static, weight_only
 from lamina.passes.quantize.activations import activation_range, shares_mean, value_named
+from lamina.passes.quantize.bias_correction import bias_shift
 from lamina.passes.quantize.graph import FLOAT, constant_array
 from lamina.passes.quantize.linear import linear_of
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
@@ -76,6 +77,7 @@ class Quantize(Transform):
         smoothing: Rules that scales between an activation's channels and its weights are chosen from: alphas
             of SmoothQuant and ``log``; the one with the least output error is taken where it pays. Needs
             calibration vectors (``statistics.inputs``); empty: none.
+        correct_bias: Take the mean error of an operator's output, on calibration vectors, out of its bias.
         block: Elements that share a scale in the block forms: a power of two, 16 to 256.
         reduce_range: Use 7 bits of int8 weights. On x86 without VNNI the uint8 x int8 product saturates a
             16-bit sum, which is silently wrong with large weights; 7 bits cannot saturate. None: where the
@@ -89,6 +91,7 @@ class Quantize(Transform):
     ranges: str = "mse"
     clipping: Clipping = "mse"
     smoothing: tuple[Rule, ...] = RULES
+    correct_bias: bool = True
     block: int = 32
     reduce_range: bool | None = None
     dynamic_conv: bool = False
@@ -98,7 +101,7 @@ class Quantize(Transform):
     effect: ClassVar[Effect] = Lossy()
     paper: ClassVar[str] = "arXiv:1712.05877"
     axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory")
-    needs: ClassVar[frozenset[Need]] = frozenset({"ranges"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"ranges", "inputs"})
     name: ClassVar[str] = NAME
     storage_only: ClassVar[frozenset[str]] = frozenset({"stored-w8", "stored-w4", "float16"})
 
@@ -194,9 +197,10 @@ class Quantize(Transform):
         if form == "stored-w8":
             return Option(form, self._channels(bits, site, program, statistics))
         if form == "w8a8-dynamic":
-            found = self._smoothing(site, program, statistics, bits, None)
-            smooth = {} if found is None else {"smooth": found.parameters()}
-            return Option(form, {**self._channels(bits, site, program, statistics), **smooth})
+            given = self._channels(bits, site, program, statistics)
+            if (found := self._smoothing(site, program, statistics, bits, None)) is not None:
+                given["smooth"] = found.parameters()
+            return Option(form, self._corrected(given, site, program, statistics))
         parameters: dict[str, Any] = {
             "weight_bits": 4 if form.endswith("w4") else 8,
             "clipping": self.clipping,
@@ -226,6 +230,15 @@ class Quantize(Transform):
             program, site.inputs[0], statistics, rules=self.smoothing, bits=bits, ranges=ranges
         )
 
+    def _corrected(
+        self, parameters: dict[str, Any], site: Site, program: Program, statistics: Any
+    ) -> dict[str, Any]:
+        if self.correct_bias:
+            shift = bias_shift(site, _nodes(site, program), statistics, parameters)
+            if shift is not None:
+                return {**parameters, "bias_shift": shift}
+        return parameters
+
     def _static(self, site: Site, program: Program, statistics: Any, bits: int) -> Option | None:
         inputs = [activation_range(program, name, statistics, self.ranges) for name in site.inputs]
         if any(given is None for given in inputs):
@@ -240,6 +253,7 @@ class Quantize(Transform):
         if (found := self._smoothing(site, program, statistics, bits, self.ranges)) is not None:
             parameters["input"] = {"scale": found.scale, "zero_point": found.zero_point}
             parameters["smooth"] = found.parameters()
+        parameters = self._corrected(parameters, site, program, statistics)
         if site.kind != "conv":
             return Option("w8a8-static", parameters, "int8", "float")
         written: Form = "int8"

@@ -100,13 +100,18 @@ def peer(kind: str, **options: Any) -> Callable[[Case, Path], Path]:
     return make
 
 
+PLAIN: dict[str, Any] = {"smoothing": (), "correct_bias": False}
 VARIANTS: Mapping[str, Callable[[Case, Path], Path]] = {
-    **{f"static {r}": ours("w8a8-static", ranges=r, smoothing=()) for r in RANGE_METHODS},
-    "dynamic": ours("w8a8-dynamic", smoothing=()),
-    "static smooth": ours("w8a8-static"),
-    "dynamic smooth": ours("w8a8-dynamic"),
-    **{f"static {rule}": ours("w8a8-static", smoothing=(rule,)) for rule in (0.5, 0.8, "log")},
-    **{f"dynamic {rule}": ours("w8a8-dynamic", smoothing=(rule,)) for rule in (0.5, 0.8, "log")},
+    **{f"static {r}": ours("w8a8-static", ranges=r, **PLAIN) for r in RANGE_METHODS},
+    "dynamic": ours("w8a8-dynamic", **PLAIN),
+    "static bias": ours("w8a8-static", smoothing=()),
+    "dynamic bias": ours("w8a8-dynamic", smoothing=()),
+    "static smooth": ours("w8a8-static", correct_bias=False),
+    "dynamic smooth": ours("w8a8-dynamic", correct_bias=False),
+    **{f"static {a}": ours("w8a8-static", smoothing=(a,), correct_bias=False) for a in (0.5, 0.8, "log")},
+    **{f"dynamic {a}": ours("w8a8-dynamic", smoothing=(a,), correct_bias=False) for a in (0.5, 0.8, "log")},
+    "static both": ours("w8a8-static"),
+    "dynamic both": ours("w8a8-dynamic"),
     "ort-static": peer("static"),
     "ort-dynamic": peer("dynamic"),
     "ort-static-7": peer("static", reduce_range=True),
