@@ -24,7 +24,10 @@ def rows() -> list[dict[str, np.ndarray]]:
 
 def convolutions(between: str, second: str = "y = Conv(a, w2, b2)", w2: np.ndarray | None = None):
     weights = {"w1": normal(8, 3, 3, 3) * UNEVEN[:, None, None, None], "b1": normal(8) * UNEVEN}
-    weights |= {"w2": normal(5, 8, 3, 3) if w2 is None else w2, "b2": normal(len(w2) if w2 is not None else 5)}
+    weights |= {
+        "w2": normal(5, 8, 3, 3) if w2 is None else w2,
+        "b2": normal(len(w2) if w2 is not None else 5),
+    }
     body = f"c = Conv(x, w1, b1) {between} {second}"
     if "slope" in between:
         weights["slope"] = np.abs(normal(8, 1, 1))

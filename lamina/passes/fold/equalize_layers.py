@@ -34,8 +34,8 @@ class EqualizeLayers(LocalFold):
     ``s_c = sqrt(max|W1_c| / max|W2_c|)`` rounded to a power of two. The value in between then has channels of
     like size, which quantizing it with one scale rewards. Not applied by itself: nothing gets faster.
 
-    Fires: Conv, ConvTranspose, Gemm or MatMul behind another, with Relu, LeakyRelu, PRelu, or poolings between
-    them, all read by nothing else; some channel a factor of two or more from even.
+    Fires: Conv, ConvTranspose, Gemm or MatMul behind another, with Relu, LeakyRelu, PRelu, or poolings in
+    between, all read by nothing else; some channel a factor of two or more from even.
     Refuses: shared weights; channels that are not the same on both sides.
     Effect: Exact, as long as no number leaves the normal range: scales are powers of two.
     Cost: O(weights) a sweep, at most 20 sweeps for chains.

@@ -67,6 +67,20 @@ def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str
     return y
 
 
+def emit_product(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
+    """MatMul of two activations: both by their own ranges at run time."""
+    first, second = nodes[site.nodes[0]].inputs
+    assert first is not None
+    assert second is not None
+    a, a_step, a_zero = _quantize(site, rewriter, first)
+    b, b_step, b_zero = _quantize(site, rewriter, second)
+    name = f"{site.name}.product"
+    sums = rewriter.op("MatMulInteger", [a, b, a_zero, b_zero], name=name, dtype=ir.DataType.INT32)
+    real = rewriter.op("Cast", [sums], {"to": int(FLOAT)}, name=f"{site.name}.cast", dtype=FLOAT)
+    factor = rewriter.op("Mul", [a_step, b_step], name=f"{site.name}.scale", dtype=FLOAT)
+    return rewriter.op("Mul", [real, factor], name=f"{site.name}.scaled", dtype=FLOAT)
+
+
 def _quantize(site: Site, rewriter: Rewriter, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Codes, scale and zero point of an activation, by its own range at run time."""
     name = f"{site.name}.quantize"

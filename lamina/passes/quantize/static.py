@@ -116,6 +116,17 @@ def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[s
     return rewriter.op("Gemm", inputs, flags, name=f"{site.name}.gemm", dtype=FLOAT)
 
 
+def emit_product(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
+    """MatMul of two activations, float result."""
+    inputs = []
+    for i, (value, given) in enumerate(
+        zip(nodes[site.nodes[0]].inputs, option.parameters["inputs"], strict=True)
+    ):
+        assert value is not None
+        inputs.append(quantize_dequantize(rewriter, value, given, f"{site.name}.input{i}"))
+    return rewriter.op("MatMul", inputs, name=f"{site.name}.matmul", dtype=FLOAT)
+
+
 def _weight_and_bias(
     site: Site,
     rewriter: Rewriter,

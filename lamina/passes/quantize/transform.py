@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from lamina.analysis.ranges import RANGE_METHODS
@@ -21,7 +22,7 @@ from lamina.passes.quantize.graph import FLOAT, constant_array
 from lamina.passes.quantize.linear import linear_of
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
 from lamina.passes.quantize.smoothing import RULES, Rule, Smoothing, check_rules, choose_smoothing
-from lamina.passes.quantize.weight_only import weight_place
+from lamina.passes.quantize.weight_only import weight_place, weight_places
 from lamina.passes.quantize.weights import CLIPPINGS, Clipping
 
 FORMS = (
@@ -32,9 +33,11 @@ FORMS = (
     "stored-w8",
     "stored-w4",
     "float16",
+    "bfloat16",
     "float16-compute",
 )
 _LINEAR = ("matmul", "gemm")
+_STORED = ("conv", "convtranspose", "recurrent", "embedding", *_LINEAR)
 Emitter = Callable[[Site, Option, Rewriter, Mapping[str, ir.Node]], ir.Value]
 
 # (site kind, option name) -> what writes it
@@ -44,9 +47,11 @@ _EMITTERS: dict[tuple[str, str], Emitter] = {
     **{(kind, "w8a8-static"): static.emit_linear for kind in _LINEAR},
     **{(kind, "w8a8-dynamic"): dynamic.emit_linear for kind in _LINEAR},
     **{(kind, name): weight_only.emit_blocks for kind in _LINEAR for name in ("w8", "w4")},
-    **{(kind, "stored-w8"): weight_only.emit_stored for kind in ("conv", "embedding", *_LINEAR)},
-    **{(kind, "stored-w4"): weight_only.emit_stored for kind in ("conv", *_LINEAR)},
-    **{(kind, "float16"): float16.emit_stored for kind in ("conv", "embedding", *_LINEAR)},
+    **{(kind, "stored-w8"): weight_only.emit_stored for kind in _STORED},
+    **{(kind, "stored-w4"): weight_only.emit_stored for kind in ("conv", "convtranspose", *_LINEAR)},
+    **{(kind, name): float16.emit_stored for kind in _STORED for name in ("float16", "bfloat16")},
+    ("product", "w8a8-static"): static.emit_product,
+    ("product", "w8a8-dynamic"): dynamic.emit_product,
     **{(kind, "float16-compute"): float16.emit_compute for kind in ("conv", *_LINEAR)},
     **{(kind, "w8a8-static"): carriers.emit_carrier for kind in CARRIERS},
 }
@@ -61,9 +66,11 @@ class Quantize(Transform):
     ``w4`` (weights in blocks, fused kernels), ``stored-w8``, ``stored-w4`` and ``float16`` (weights small in
     the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling, mean, Concat, Pad)
     offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare two conversions.
+    ConvTranspose, LSTM, GRU and RNN are stored small only.
 
     Fires: Conv with the Relu or Clip behind it, Gemm, MatMul with a constant matrix on either side and the
-    bias Add behind it, Gather from a constant float table.
+    bias Add behind it, Gather from a constant float table, ConvTranspose, LSTM, GRU and RNN; on request
+    MatMul of two activations.
     Refuses: weights that are not constant float32, can be replaced by a caller, or lie in a subgraph; Gemm
     with transA or a bias that is not a vector; too short a reduction.
     Effect: Lossy. Rounding errors of at most half a scale an element, and clipping where that costs less.
@@ -83,6 +90,7 @@ class Quantize(Transform):
             16-bit sum, which is silently wrong with large weights; 7 bits cannot saturate. None: where the
             target's kernels were seen to saturate; without a target, where ONNX Runtime's here do.
         dynamic_conv: Offer ``w8a8-dynamic`` for Conv (ConvInteger: 6 to 9 times slower where measured).
+        products: Offer ``w8a8-static`` and ``w8a8-dynamic`` for MatMul of two activations, as in attention.
         carriers: Offer the operators that carry int8 between convolutions.
         minimum_reduction: Fewest products an output sums for an operator to be worth it.
     """
@@ -95,6 +103,7 @@ class Quantize(Transform):
     block: int = 32
     reduce_range: bool | None = None
     dynamic_conv: bool = False
+    products: bool = False
     carriers: bool = True
     minimum_reduction: int = 4
 
@@ -103,7 +112,7 @@ class Quantize(Transform):
     axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory")
     needs: ClassVar[frozenset[Need]] = frozenset({"ranges", "inputs"})
     name: ClassVar[str] = NAME
-    storage_only: ClassVar[frozenset[str]] = frozenset({"stored-w8", "stored-w4", "float16"})
+    storage_only: ClassVar[frozenset[str]] = frozenset({"stored-w8", "stored-w4", "float16", "bfloat16"})
 
     def __post_init__(self) -> None:
         unknown = [form for form in self.forms if form not in FORMS]
@@ -124,7 +133,8 @@ class Quantize(Transform):
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Every weighted operator, embedding and carrier, or why not."""
         for found in find_sites(program, self.minimum_reduction):
-            if self.carriers or isinstance(found, Refusal) or found.kind not in CARRIERS:
+            kind = "" if isinstance(found, Refusal) else found.kind
+            if (self.carriers or kind not in CARRIERS) and (self.products or kind != "product"):
                 yield found
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
@@ -164,7 +174,13 @@ class Quantize(Transform):
         value = emitter(site, option, rewriter, nodes)
         old = nodes[site.nodes[-1]].outputs[0]
         value.dtype, value.shape = FLOAT, None if old.shape is None else ir.Shape(old.shape)
-        return [value]
+        if site.kind != "recurrent":
+            return [value]
+        made, given = value.producer(), nodes[site.nodes[0]].outputs
+        assert made is not None
+        for new, known in zip(made.outputs, given, strict=True):
+            new.dtype, new.shape = FLOAT, known.shape
+        return [new for new, known in zip(made.outputs, given, strict=True) if known.name in site.outputs]
 
     def _offered(self, form: str, site: Site, kernels: Mapping[str, Any] | None) -> bool:
         if form == "w8a8-dynamic" and site.kind == "conv" and not self.dynamic_conv:
@@ -191,12 +207,13 @@ class Quantize(Transform):
     def _option(self, form: str, site: Site, program: Program, statistics: Any, bits: int) -> Option | None:
         if form == "w8a8-static":
             return self._static(site, program, statistics, bits)
-        if form.startswith("float16"):
-            array = _weight(site, program)
-            return Option(form) if array is not None and float16.fits_float16(array) else None
+        if form in ("float16", "bfloat16", "float16-compute"):
+            return self._half(form, site, program, statistics)
         if form == "stored-w8":
             return Option(form, self._channels(bits, site, program, statistics))
         if form == "w8a8-dynamic":
+            if site.kind == "product":
+                return Option(form)
             given = self._channels(bits, site, program, statistics)
             if (found := self._smoothing(site, program, statistics, bits, None)) is not None:
                 given["smooth"] = found.parameters()
@@ -212,12 +229,21 @@ class Quantize(Transform):
         block = _dividing_block(site, program, self.block)
         return None if block is None else Option(form, {**parameters, "block": block, "opset": 21})
 
+    def _half(self, form: str, site: Site, program: Program, statistics: Any) -> Option | None:
+        """float16 keeps more digits; bfloat16 is for weights that leave its range."""
+        fits = all(float16.fits_float16(array) for array in _weights(site, program))
+        if form == "bfloat16":
+            return None if fits and "float16" in self.forms else Option(form)
+        if form == "float16-compute":
+            fits = fits and float16.stays_within((*site.inputs, *site.outputs), statistics)
+        return Option(form) if fits else None
+
     def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""
         balance = "none"
-        if site.kind == "conv" and math.prod(_weight(site, program).shape[2:]) > 1:
+        if site.kind == "conv" and math.prod(_weights(site, program)[0].shape[2:]) > 1:
             balance = "kernel"
-        elif site.kind != "embedding" and shares_mean(program, site.inputs[0], statistics):
+        elif site.kind in ("conv", *_LINEAR) and shares_mean(program, site.inputs[0], statistics):
             balance = "row"
         return {"weight_bits": bits, "clipping": self.clipping, "balance": balance}
 
@@ -243,6 +269,8 @@ class Quantize(Transform):
         inputs = [activation_range(program, name, statistics, self.ranges) for name in site.inputs]
         if any(given is None for given in inputs):
             return None
+        if site.kind == "product":
+            return Option("w8a8-static", {"inputs": inputs}, "int8", "float")
         output = None
         if site.kind == "conv" or site.kind in CARRIERS:
             output = activation_range(program, site.outputs[0], statistics, self.ranges)
@@ -290,10 +318,11 @@ def _nodes(site: Site, program: Program) -> dict[str, ir.Node]:
     return found
 
 
-def _weight(site: Site, program: Program) -> Any:
+def _weights(site: Site, program: Program) -> list[np.ndarray]:
     nodes = _nodes(site, program)
-    index, _ = weight_place(site, nodes)
-    return constant_array(nodes[site.nodes[0]].inputs[index])
+    node = nodes[site.nodes[0]]
+    arrays = [constant_array(node.inputs[index]) for index, _ in weight_places(site, nodes)]
+    return [array for array in arrays if array is not None]
 
 
 def _is_left(site: Site, program: Program) -> bool:
