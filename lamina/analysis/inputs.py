@@ -21,7 +21,7 @@ class InputStatistics:
 
     Attributes:
         moments: float64 ``[group, k, k]``: sum over vectors of ``x x'`` (XtX); k counts a group's
-            inputs, of a convolution the elements of a window.
+            inputs, of a convolution the elements of a window. ``[group, 0, 0]`` where it was not asked for.
         vectors: Vectors in that sum.
         kept: float32 ``[n, group, k]``: some of those vectors.
         lows: ``[group, k]``: least element of each input among the vectors.
@@ -48,8 +48,8 @@ class InputStatistics:
 class SecondMoments:
     """Sum of ``x x'`` in float64 over blocks of float32 vectors."""
 
-    def __init__(self, group: int, width: int, kept: int) -> None:
-        self.total = np.zeros((group, width, width))
+    def __init__(self, group: int, width: int, kept: int, sums: bool = True) -> None:
+        self.total = np.zeros((group, width, width) if sums else (group, 0, 0))
         self.count = 0
         self.lows, self.highs = np.full((group, width), np.inf), np.full((group, width), -np.inf)
         self._waiting: list[np.ndarray] = []
@@ -67,15 +67,18 @@ class SecondMoments:
             # spread over the batch, not from its first sample
             chosen = np.linspace(0, len(vectors) - 1, min(keep, room, len(vectors))).astype(int)
             self._kept.append(vectors[chosen].astype(np.float32))
-        self._waiting.append(vectors)
         self.count += len(vectors)
+        if not self.total.size:
+            return
+        self._waiting.append(vectors)
         if sum(map(len, self._waiting)) >= BLOCK:
             self._flush()
 
     def result(self) -> InputStatistics:
         """What was seen so far."""
         self._flush()
-        kept = np.concatenate(self._kept) if self._kept else np.zeros((0, *self.total.shape[:2]), np.float32)
+        none = np.zeros((0, *self.lows.shape), np.float32)
+        kept = np.concatenate(self._kept) if self._kept else none
         return InputStatistics(self.total, self.count, kept, self.lows, self.highs)
 
     def _flush(self) -> None:
@@ -97,9 +100,13 @@ class InputAccumulator:
         taps: Grows the outputs.
         operators: The operators by name.
         rows: Samples of the run the shapes were observed in.
+        sums: Whether to take second moments.
     """
 
-    def __init__(self, taps: Taps, operators: Mapping[str, WeightedOperator], rows: int) -> None:
+    def __init__(
+        self, taps: Taps, operators: Mapping[str, WeightedOperator], rows: int, sums: bool = True
+    ) -> None:
+        self._sums_wanted = sums
         self.skipped: dict[str, str] = {}
         self._key: dict[str, tuple[object, ...]] = {}
         self._taps: dict[tuple[object, ...], tuple[str, Layout, WeightedOperator]] = {}
@@ -128,7 +135,7 @@ class InputAccumulator:
                 vectors = array.reshape(-1, 1, layout.width)
             if key not in self._sums:
                 group, width = vectors.shape[1:]
-                self._sums[key] = SecondMoments(group, width, view.looks.kept)
+                self._sums[key] = SecondMoments(group, width, view.looks.kept, self._sums_wanted)
             self._sums[key].add(vectors, keep)
 
     def result(self) -> dict[str, InputStatistics]:

@@ -63,7 +63,7 @@ def reproduce(captured: Program, plan: Plan) -> Program:
 def statistics_of(transforms: Iterable[str]) -> tuple[Need, ...]:
     """What a calibration run collects for these transforms besides ranges."""
     wanted = any("inputs" in get_transform(name).needs for name in transforms)
-    return (Need.INPUTS,) if wanted else ()
+    return (Need.VECTORS,) if wanted else ()
 
 
 def _recalibrate(program: Program, moves: Sequence[Move], calibration: Dataset, target: Target) -> list[Move]:

@@ -44,7 +44,7 @@ def statistics(prog, x, kept=2048):
     names = [n for s in sites(prog).values() for n in (*s.inputs, *s.outputs)]
     looks = Looks(inputs=kept, kept=kept, patched=64, patched_of=1)
     data = Dataset({"x0": x}, {}, len(x))
-    return collect(prog, data, ranges=names, needs=(Need.INPUTS,), looks=looks, threads=1)
+    return collect(prog, data, ranges=names, needs=(Need.VECTORS,), looks=looks, threads=1)
 
 
 def mean_error(prog, x, form, stats, bits=4, **options):

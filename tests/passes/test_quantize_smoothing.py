@@ -59,7 +59,7 @@ def two_readers(norm=True, residual=False, left=False):
 
 def statistics(prog, x):
     names = [n for s in sites(prog).values() for n in (*s.inputs, *s.outputs)]
-    return collect(prog, Dataset({"x0": x}, {}, 8), ranges=names, needs=(Need.INPUTS,), threads=1)
+    return collect(prog, Dataset({"x0": x}, {}, 8), ranges=names, needs=(Need.VECTORS,), threads=1)
 
 
 def quantized(prog, stats, form, **options):

@@ -65,7 +65,7 @@ def statistics(case: Case) -> Statistics:
     sites = [s for s in Quantize().sites(program) if isinstance(s, Site) and s.kind != "embedding"]
     names = [n for s in sites for n in (*s.inputs, *s.outputs)]
     data = Dataset(samples(case)[0], {}, min(16, case.batch_size))
-    return collect(program, data, ranges=names, needs=(Need.INPUTS,), threads=1)
+    return collect(program, data, ranges=names, needs=(Need.VECTORS,), threads=1)
 
 
 def ours(form: str, **options: Any) -> Callable[[Case, Path], Path]:
