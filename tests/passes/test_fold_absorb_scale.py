@@ -38,6 +38,20 @@ MADE = {
 }
 
 
+def test_several_heads_keep_their_channels_in_order():
+    """Factors differ between heads and inside each."""
+    body = (
+        "q = MatMul(x, u) qs = Reshape(q, split) qt = Transpose <perm=[0,2,1,3]> (qs)"
+        " kt = Transpose <perm=[0,2,3,1]> (qs) sc = MatMul(qt, kt) p = Softmax(sc)"
+        " m = MatMul(x, v) n = Add(m, b) vs = Reshape(n, split) vt = Transpose <perm=[0,2,1,3]> (vs)"
+        " o = MatMul(p, vt) ot = Transpose <perm=[0,2,1,3]> (o) a = Reshape(ot, joined)"
+        " z = Mul(a, c) y = MatMul(z, w)"
+    )
+    more = {"split": np.array([0, 3, 2, 3]), "joined": np.array([0, 3, 6])}
+    before = graph(body, u=normal(WIDTH, WIDTH), **more)
+    assert "Mul" not in ops(check(before, "absorb_scale", feeds()))
+
+
 @pytest.mark.parametrize("made", MADE)
 def test_the_factor_goes_into_what_made_the_value(made):
     text = MADE[made] if made != "attention" else MADE[made].replace("(x, w)", "(x, u)")

@@ -103,6 +103,9 @@ def _parts(value: ir.Value, channels: int) -> list[_Part] | None:
         return _of_sum(node, channels)
     if is_op(node, *_HOMOGENEOUS):
         return None if node.inputs[0] is None else _parts(node.inputs[0], channels)
+    if is_op(node, "Reshape"):
+        split = _heads(node, channels)
+        return None if split is None else _parts(split, channels)
     if is_op(node, "MatMul"):
         found = _of_weight(node.inputs[1], _Part(node, 1), channels)
         # weights times values: attention of one head mixes tokens, not channels
@@ -111,6 +114,30 @@ def _parts(value: ir.Value, channels: int) -> list[_Part] | None:
     if is_op(node, "Gemm"):
         return _of_gemm(node, channels)
     return None
+
+
+def _heads(joined: ir.Node, channels: int) -> ir.Value | None:
+    """The values of attention, heads not yet split, of whose weighted sums ``joined`` holds all heads.
+
+    ``[b, t, h d] -> [b, t, h, d] -> [b, h, t, d]``, mixed along t, and the same way back: channel h d + i is
+    channel h d + i throughout.
+    """
+    value: ir.Value | None = joined.inputs[0]
+    for op_type in ("Transpose", "MatMul", "Transpose", "Reshape"):
+        node = None if value is None else value.producer()
+        if value is None or node is None or not is_op(node, op_type) or sole_consumer(value) is None:
+            return None
+        if op_type == "Transpose" and list(attribute(node, "perm", ())) != [0, 2, 1, 3]:
+            return None
+        split = value
+        value = node.inputs[1 if op_type == "MatMul" else 0]
+    shapes = [None if v is None or v.shape is None else list(v.shape) for v in (value, split)]
+    whole, apart = shapes
+    if whole is None or apart is None or len(whole) != 3 or len(apart) != 4 or whole[2] != channels:
+        return None
+    sizes = [d for d in apart[2:] if isinstance(d, int)]
+    together = rank_of(joined.outputs[0]) == 3
+    return value if together and len(sizes) == 2 and sizes[0] * sizes[1] == channels else None
 
 
 def _of_product(node: ir.Node, channels: int) -> list[_Part] | None:
