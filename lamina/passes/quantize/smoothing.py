@@ -6,6 +6,7 @@ multiplying and folding them into a producer are exact in floating point, and a 
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import onnx_ir as ir
 
+from lamina.analysis.inputs import InputStatistics
+from lamina.analysis.operators import evenly
 from lamina.analysis.ranges import choose_range
 from lamina.analysis.streaming import RangeAccumulator
 from lamina.errors import PassError
@@ -33,7 +36,11 @@ _WORTH = 0.8
 # Scales span at most 2^12 to each side of their geometric mean.
 _LARGEST = 12
 
-_CHOSEN: WeakKeyDictionary[ir.Model, dict[tuple[Any, ...], Smoothing | None]] = WeakKeyDictionary()
+# Columns of a weight that a rule is judged on, evenly spaced: each is quantized by itself.
+_JUDGED = 512
+
+_Known = dict[tuple[Any, ...], tuple[weakref.ref[InputStatistics], "Smoothing | None"]]
+_CHOSEN: WeakKeyDictionary[ir.Model, _Known] = WeakKeyDictionary()
 _SCALED: WeakKeyDictionary[ir.TensorProtocol, dict[str, ir.Value]] = WeakKeyDictionary()
 
 
@@ -118,24 +125,28 @@ def choose_smoothing(
         bits: Of the weights.
         ranges: Method of the static range; None: the range of what is there at run time.
     """
-    known = _CHOSEN.setdefault(program.model, {})
-    key = (name, tuple(rules), bits, ranges, id(statistics))
-    if key not in known:
-        known[key] = _choose(program, name, statistics, rules, bits, ranges)
-    return known[key]
-
-
-def _choose(
-    program: Program, name: str, statistics: Any, rules: Sequence[Rule], bits: int, ranges: str | None
-) -> Smoothing | None:
     seen = getattr(statistics, "inputs", None) or {}
     readers = list(_readers(value_named(program, name)))
     stat = next((seen[n.name or ""] for n, _ in readers if n.name in seen), None)
     if stat is None or stat.kept.shape[1] != 1 or not len(stat.kept):
         return None
+    known, key = _CHOSEN.setdefault(program.model, {}), (name, tuple(rules), bits, ranges)
+    if key not in known or known[key][0]() is not stat:
+        known[key] = weakref.ref(stat), _choose([r for _, r in readers], stat, rules, bits, ranges)
+    return known[key][1]
+
+
+def _choose(
+    readers: Sequence[Linear],
+    stat: InputStatistics,
+    rules: Sequence[Rule],
+    bits: int,
+    ranges: str | None,
+) -> Smoothing | None:
     x, peaks = stat.kept[:, 0], np.maximum(-stat.lows[0], stat.highs[0])
-    columns = [product.columns().astype(np.float32) for _, product in readers]
-    weights = np.max([np.abs(w).max(axis=1) for w in columns], axis=0)
+    whole = [product.columns() for product in readers]
+    weights = np.max([np.abs(w).max(axis=1) for w in whole], axis=0)
+    columns = [w[:, evenly(_JUDGED, w.shape[1])].astype(np.float32) for w in whole]
     wanted = [x @ w for w in columns]
     extremes = np.stack([stat.lows[0], stat.highs[0]]).astype(np.float32)
 

@@ -53,30 +53,30 @@ def samples(case: Case) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 @cache
-def folded(case: Case) -> Program:
+def folded(case: Case, forms: tuple[str, ...] = ()) -> Program:
     """The folded program."""
-    return fold(capture(str(case.path)))[0]
+    return fold(capture(str(case.path)), forms=forms)[0]
 
 
 @cache
-def statistics(case: Case) -> Statistics:
+def statistics(case: Case, forms: tuple[str, ...] = ()) -> Statistics:
     """What the planner collects for quantization."""
-    program = folded(case)
+    program = folded(case, forms)
     sites = [s for s in Quantize().sites(program) if isinstance(s, Site) and s.kind != "embedding"]
     names = [n for s in sites for n in (*s.inputs, *s.outputs)]
     data = Dataset(samples(case)[0], {}, min(16, case.batch_size))
     return collect(program, data, ranges=names, needs=(Need.VECTORS,), threads=1)
 
 
-def ours(form: str, **options: Any) -> Callable[[Case, Path], Path]:
-    """Every site that offers ``form`` takes it."""
+def ours(form: str, forms: tuple[str, ...] = (), **options: Any) -> Callable[[Case, Path], Path]:
+    """Every site that offers ``form`` takes it, after the folds ``forms``."""
 
     def make(case: Case, path: Path) -> Path:
-        program, transform = folded(case), Quantize(**options)
+        program, transform = folded(case, forms), Quantize(**options)
         moves = []
         for site in transform.sites(program):
             if isinstance(site, Site):
-                offered = transform.options(site, program, statistics(case), "ort:cpu?threads=1")
+                offered = transform.options(site, program, statistics(case, forms), "ort:cpu?threads=1")
                 moves += [Move(site, o) for o in offered if o.name == form]
         ir.save(apply_moves(program, moves).model, path)
         return path
@@ -110,6 +110,7 @@ VARIANTS: Mapping[str, Callable[[Case, Path], Path]] = {
     "dynamic smooth": ours("w8a8-dynamic", correct_bias=False),
     **{f"static {a}": ours("w8a8-static", smoothing=(a,), correct_bias=False) for a in (0.5, 0.8, "log")},
     **{f"dynamic {a}": ours("w8a8-dynamic", smoothing=(a,), correct_bias=False) for a in (0.5, 0.8, "log")},
+    "static equalized": ours("w8a8-static", ("equalize_layers",), **PLAIN),
     "static both": ours("w8a8-static"),
     "dynamic both": ours("w8a8-dynamic"),
     "ort-static": peer("static"),
