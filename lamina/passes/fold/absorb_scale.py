@@ -107,13 +107,17 @@ def _parts(value: ir.Value, channels: int) -> list[_Part] | None:
         split = _heads(node, channels)
         return None if split is None else _parts(split, channels)
     if is_op(node, "MatMul"):
-        found = _of_weight(node.inputs[1], _Part(node, 1), channels)
-        # weights times values: attention of one head mixes tokens, not channels
-        mixed = node.inputs[1] if found is None else None
-        return found if mixed is None or (rank_of(mixed) or 0) < 2 else _parts(mixed, channels)
+        return _of_matmul(node, channels)
     if is_op(node, "Gemm"):
         return _of_gemm(node, channels)
     return None
+
+
+def _of_matmul(node: ir.Node, channels: int) -> list[_Part] | None:
+    found = _of_weight(node.inputs[1], _Part(node, 1), channels)
+    # weights times values: attention of one head mixes tokens, not channels
+    mixed = node.inputs[1] if found is None else None
+    return found if mixed is None or (rank_of(mixed) or 0) < 2 else _parts(mixed, channels)
 
 
 def _heads(joined: ir.Node, channels: int) -> ir.Value | None:

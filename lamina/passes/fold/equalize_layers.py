@@ -66,19 +66,17 @@ class EqualizeLayers(LocalFold):
         if not exponents.any():
             return None
         factor = np.exp2(exponents)
-        weights = (
-            first.store(made / factor.reshape(first.groups, -1, 1, 1)),
-            second.store(read * factor.reshape(second.groups, 1, -1, 1)),
-        )
+        one = first.store(made / factor.reshape(first.groups, -1, 1, 1))
+        other = second.store(read * factor.reshape(second.groups, 1, -1, 1))
         bias = None
         if first.offset is not None:
             wanted = np.broadcast_to(first.offset, (*first.offset.shape[:-1], len(factor))) / factor
             bias = rounded(wanted, first.stored.dtype)
             if bias is None:
                 return "a bias would overflow or underflow"
-        if weights[0] is None or weights[1] is None:
+        if one is None or other is None:
             return "a weight would overflow or underflow"
-        return _Match(first, second, weights, bias)
+        return _Match(first, second, (one, other), bias)
 
     def rewrite(self, node: ir.Node, match: Any, rewriter: Rewriter) -> None:
         """Write both weights and the bias between them."""
