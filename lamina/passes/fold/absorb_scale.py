@@ -114,6 +114,9 @@ def _parts(value: ir.Value, channels: int) -> list[_Part] | None:
 
 
 def _of_matmul(node: ir.Node, channels: int) -> list[_Part] | None:
+    array = constant(node.inputs[1])
+    if array is not None and array.ndim < 2:
+        return None  # a product with a vector has no such axis
     found = _of_weight(node.inputs[1], _Part(node, 1), channels)
     # weights times values: attention of one head mixes tokens, not channels
     mixed = node.inputs[1] if found is None else None
