@@ -28,7 +28,7 @@ from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs, shared_costs
-from lamina.planner.realize import Realized, realize
+from lamina.planner.realize import Realized, realize, statistics_of
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.shortlist import single_damages
@@ -72,7 +72,7 @@ class Prepared:
 def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Referee) -> Prepared:
     """Run every analysis the search needs; options that cannot be applied are left out, and told."""
     progress, program = request.progress, folded.program
-    transforms = [get_transform(name) for name in request.transforms]
+    transforms = useful_transforms(request)
     with progress.stage("analyze"):
         sites = [s for t in transforms for s in t.sites(program) if isinstance(s, Site)]
         wanted = sorted(
@@ -82,6 +82,7 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Ref
             program,
             calibration_rows(request),
             ranges=wanted,
+            needs=statistics_of(t.name for t in transforms),
             progress=lambda done, total: progress.update("analyze", done, total),
         )
         statistics = with_matches(request, program, transforms, statistics)
@@ -125,6 +126,20 @@ def _priced(
     prepared = Prepared(folded, plan, statistics, costs, original_cost, referee, undone=told)
     _measure_groups(request, prepared, stopwatch)
     return prepared
+
+
+def useful_transforms(request: Request) -> list[Transform]:
+    """The transforms of a request that move any of the costs it names.
+
+    What moves none would only make statistics, prices and supergraph dearer.
+    """
+    every = [get_transform(name) for name in request.transforms]
+    return [t for t in every if axes_of(request) & set(t.axes)]
+
+
+def axes_of(request: Request) -> set[str]:
+    """The costs that the request bounds or minimizes."""
+    return {request.minimize, *(b.axis for b in request.budget.costs)}
 
 
 def with_matches(
@@ -178,7 +193,6 @@ def selection_rows(request: Request, supergraph: Supergraph) -> Dataset:
 
 def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch) -> tuple[Costs, CostResult]:
     program, workload = folded.program, request.workload
-    axes = {request.minimize, *(b.axis for b in request.budget.costs)}
     shapes = {case.name: observed_shapes(program, case.feeds) for case in workload}
     heaviest = max(workload, key=lambda c: sum(a.size for a in c.feeds.values()))
     program_cost = cost(program, heaviest.feeds)
@@ -194,7 +208,7 @@ def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch)
         costs = build_costs(space, prices, workload, shapes, base, stopwatch.baseline_s, flops)
     else:
         costs = shared_costs(space, base, flops)
-    return costs.restrict(axes), original_cost
+    return costs.restrict(axes_of(request)), original_cost
 
 
 def group_genomes(space: Space) -> list[Genome]:
