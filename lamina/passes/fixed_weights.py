@@ -54,7 +54,7 @@ def _float(
         return convolution(node, source, shape, shapes)
     if len(shape) != 2 or node.attributes.get_int("transA", 0):
         return None
-    flipped = not node.attributes.get_int("transB", 0)
+    flipped = node.attributes.get_int("transB", 0) == 0
     kind = node.op_type.lower()
     return WeightedOperator(node.name or "", kind, source.name or "", weight.name or "", flipped)
 
