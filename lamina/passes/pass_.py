@@ -32,7 +32,7 @@ class Lossy:
 
 
 Effect = Exact | Rounding | Lossy
-Need = Literal["ranges", "branches", "matches", "inputs"]
+Need = Literal["ranges", "inputs", "vectors", "branches", "matches"]
 Form = Literal["float", "int8"]
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from lamina.analysis.cost import CostResult, cost
 from lamina.analysis.matching import collect_matches
-from lamina.analysis.needs import Need
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
@@ -29,7 +28,7 @@ from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs, shared_costs
-from lamina.planner.realize import Realized, realize
+from lamina.planner.realize import Realized, realize, statistics_of
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.shortlist import single_damages
@@ -83,7 +82,7 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Ref
             program,
             calibration_rows(request),
             ranges=wanted,
-            needs=_needs(transforms),
+            needs=statistics_of(t.name for t in transforms),
             progress=lambda done, total: progress.update("analyze", done, total),
         )
         statistics = with_matches(request, program, transforms, statistics)
@@ -141,11 +140,6 @@ def useful_transforms(request: Request) -> list[Transform]:
 def axes_of(request: Request) -> set[str]:
     """The costs that the request bounds or minimizes."""
     return {request.minimize, *(b.axis for b in request.budget.costs)}
-
-
-def _needs(transforms: Sequence[Transform]) -> tuple[Need, ...]:
-    inputs = any("inputs" in t.needs for t in transforms)
-    return (Need.LENGTHS, Need.INPUTS) if inputs else (Need.LENGTHS,)
 
 
 def with_matches(
