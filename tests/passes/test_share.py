@@ -164,20 +164,6 @@ def test_a_chain_lends_the_weights_as_they_were_given() -> None:
     np.testing.assert_array_equal(run(apply_shares(program, donors), _feeds(program))[0], expected[0])
 
 
-def test_caches_stay_and_nothing_copies_them() -> None:
-    from drop_nets import decoder, samples
-
-    program = decoder()
-    first, second, *_ = (n for n, s in Twins.of(program).sites.items() if s.kind == "attention")
-    shared = apply_shares(program, {second: first})
-    assert [p.name for p in shared.inputs] == [p.name for p in program.inputs]
-    assert [p.name for p in shared.outputs] == [p.name for p in program.outputs]
-    assert {n.name for n in shared.graph} == {n.name for n in program.graph}
-    expected = run(_with_weights(program, {second: first}), samples(program))
-    for made, known in zip(run(shared, samples(program)), expected, strict=True):
-        np.testing.assert_array_equal(made, known)
-
-
 def test_the_program_given_is_left_alone() -> None:
     program = NETS["mlp"]()
     before = text_of(program)

@@ -24,7 +24,7 @@ from lamina.passes import default_transforms, transform_names
 from lamina.passes.drop_branch import DropBranch
 from lamina.passes.pass_ import Site, Transform
 from lamina.passes.quantize import Quantize
-from lamina.passes.share import Share
+from lamina.passes.share import Share, apply_shares
 from lamina.planner.apply import apply_moves
 from lamina.planner.costs import Costs
 from lamina.planner.knapsack import solve
@@ -156,6 +156,20 @@ def test_operators_of_a_branch_that_shares_can_be_quantized_afterwards() -> None
     assert "wa1" not in moved.graph.initializers
     # one set of codes for both
     assert serialized_size(moved.model) < serialized_size(expected.model) - WIDTH * WIDTH
+
+
+def test_caches_stay_and_nothing_copies_them() -> None:
+    program = decoder()
+    first, second, *_ = (s for s in Share().sites(program) if isinstance(s, Site) and s.kind == "attention")
+    shared = apply_shares(program, {second.name: first.name})
+    assert [p.name for p in shared.inputs] == [p.name for p in program.inputs]
+    assert [p.name for p in shared.outputs] == [p.name for p in program.outputs]
+    assert {n.name for n in shared.graph} == {n.name for n in program.graph}
+    expected = _run(
+        _written(program, dict(zip(second.weights, first.weights, strict=True))), samples(program)
+    )
+    for made, known in zip(_run(shared, samples(program)), expected, strict=True):
+        np.testing.assert_array_equal(made, known)
 
 
 # -- prices -------------------------------------------------------------------------------------------

@@ -177,8 +177,8 @@ def _stored(node: ir.Node, matrices: np.ndarray, like: np.ndarray) -> np.ndarray
     return np.ascontiguousarray(made.astype(like.dtype))
 
 
-def study(case: Case, options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
-    """All that is known of one reference model."""
+def study(case: Case, options: argparse.Namespace, tell: Tell) -> Iterator[dict[str, Any]]:
+    """What is known so far of one reference model, after every row."""
     about = Subject.of(Study.of(case, options.order_samples, options.report_samples), tell)
     tell(f"{case.name}: {len(about.twins.sites)} branches with relatives")
     pairs = list(about.pairs(options.relatives))
@@ -211,6 +211,7 @@ def study(case: Case, options: argparse.Namespace, tell: Tell) -> dict[str, Any]
         "drop": [{"branch": m.site.name, "divergence": d} for m, d in zip(gone, without, strict=True)],
         "rows": [],
     }
+    yield found
     ways = {
         "drop": (gone, without),
         "reuse": _some(offered, alone, lambda m: m.option.name.startswith("reuse")),
@@ -223,12 +224,13 @@ def study(case: Case, options: argparse.Namespace, tell: Tell) -> dict[str, Any]
             if way == "remainder":
                 size = found["rows"][-1]["bytes"]
                 found["rows"].append({**row, "way": "own", **about.scored(about.cut(taken)), "bytes": size})
-            tell(f"{case.name} {way} {len(taken)}: {found['rows'][-1]}")
+            tell(f"{case.name} {way} {len(taken)}")
+            yield found
     donors = {name: family[0] for name, family in about.twins.family.items() if name != family[0]}
     one = apply_shares(about.program, donors)
     row = {"way": "one set a family", "changed": len(donors), "branches": list(donors)}
     found["rows"].append({**row, **about.scored(one), **about.study.latency(one, seconds=6.0)})
-    return found
+    yield found
 
 
 Harm = tuple[list[Move], list[float]]
@@ -265,8 +267,10 @@ def main() -> None:
     done: list[dict[str, Any]] = []
     for case in CASES:
         if case.name in options.models:
-            done.append(study(case, options, lambda note: print(note, flush=True)))
-            options.out.write_text(json.dumps(done, indent=1))
+            found: dict[str, Any] = {}
+            for found in study(case, options, lambda note: print(note, flush=True)):
+                options.out.write_text(json.dumps([*done, found], indent=1))
+            done.append(found)
 
 
 if __name__ == "__main__":
