@@ -14,6 +14,8 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("drop", "lamina.passes.drop_branch:DropBranch"),
     ("direct-matching", "lamina.passes.replace_branch:ReplaceBranch"),
     ("merge-conv-chain", "lamina.passes.merge_conv_chain:MergeConvChain"),
+    ("flatten-blocks", "lamina.passes.flatten_blocks:FlattenBlocks"),
+    ("parallel-layers", "lamina.passes.parallel_layers:ParallelLayers"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 

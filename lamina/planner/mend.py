@@ -10,7 +10,9 @@ from lamina.backends.backend import run_of
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.passes.compensate import compensate
+from lamina.passes.flatten_blocks import FlattenBlocks
 from lamina.passes.merge_conv_chain import MergeConvChain
+from lamina.passes.parallel_layers import ParallelLayers
 from lamina.planner.apply import removes
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.plan import Move
@@ -25,6 +27,8 @@ _REACH = 3.0
 _TRIES = 2
 # Sums of divergences such plans are looked for at, in those of the best feasible plan.
 _BEYOND = (1.4, 2.0, 3.0)
+# What makes sums anew, under a name of its own.
+_JOINING = (FlattenBlocks.name, ParallelLayers.name)
 
 
 def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
@@ -106,16 +110,19 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
     """What values of a changed program stand for in the original.
 
     Behind a dropped branch, or one whose replacement was folded into the weights before it, the skip stands
-    where the sum was; else what replaces the branch does. Runs of such branches are followed to their end.
+    where the sum was; else what replaces the branch does, and the sum of branches that were joined. Runs of
+    such branches are followed to their end.
     """
     made = {v.name or "" for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
     for move in moves:
         if not removes(move) or len(move.site.outputs) != 1 or move.site.transform == MergeConvChain.name:
             continue
-        instead = f"{move.site.nodes[-1]}_matched_bias_out"
-        skip = instead if instead in made else move.site.inputs[0]
-        steps[skip] = move.site.outputs[0]
+        matched, joined = (f"{move.site.nodes[-1]}_{part}_out" for part in ("matched_bias", "joined"))
+        if move.site.transform in _JOINING and joined not in made:
+            continue
+        instead = next((name for name in (matched, joined) if name in made), move.site.inputs[0])
+        steps[instead] = move.site.outputs[0]
     found = {}
     for name, last in steps.items():
         while last in steps:
