@@ -148,20 +148,23 @@ def block_pairs(blocks: Sequence[Block]) -> Iterator[tuple[Block, Block]]:
         yield from zip(run[start::2], run[start + 1 :: 2], strict=True)
 
 
-def written(into: Sequence[int], chain: BranchChain, nodes: Mapping[str, ir.Node]) -> dict[str, Any]:
+def written(
+    into: Sequence[int], chain: BranchChain, nodes: Mapping[str, ir.Node], *, wide: bool = True
+) -> dict[str, Any]:
     """Parameters of an option that moves branches.
 
     Args:
         into: For each branch, the one it is computed beside: itself, or another.
         chain: The branches.
         nodes: The program's, by name.
+        wide: Whether what is computed side by side has to have the same operators.
     """
     bodies = []
     for branch in chain.branches:
         names = [None if v is None else v.name for v in nodes[branch.add].inputs]
         bodies.append(names.index(branch.body))
     adds = [b.add for b in chain.branches]
-    return {"into": list(into), "adds": adds, "bodies": bodies, "flops_share": 1.0}
+    return {"into": list(into), "adds": adds, "bodies": bodies, "wide": wide, "flops_share": 1.0}
 
 
 def rewrite(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
@@ -185,7 +188,8 @@ def rewrite(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, 
         if i:
             between = Body(adds[i - 1].outputs[0], bodies[i].source, inside)
             value = Widener(rewriter, value, site.weights).total([between])
-        groups = _groups([bodies[j] for j, to in enumerate(into) if to == i])
+        beside = [bodies[j] for j, to in enumerate(into) if to == i]
+        groups = [beside] if beside and option.parameters["wide"] else _groups(beside)
         made: dict[Any, Any] = {}
         totals = [
             Widener(rewriter, value, site.weights, apart=len(groups) > 1, made=made).total(g) for g in groups

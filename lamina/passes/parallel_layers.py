@@ -126,4 +126,5 @@ def _chain(chains: BranchChains, span: Sequence[Block]) -> BranchChain | str:
 
 
 def _option(chain: BranchChain, chains: BranchChains) -> Option:
-    return Option("parallel", written([0] * len(chain.branches), chain, chains.nodes))
+    into = [0] * len(chain.branches)
+    return Option("parallel", written(into, chain, chains.nodes, wide=False))

@@ -139,30 +139,17 @@ def _feeds(program: Program) -> dict[str, np.ndarray]:
 
 
 def _mute(program: Program, *branches: str) -> Program:
-    """A clone in which the last weight and bias of some branches are zero."""
+    """A clone in which the last weight and bias of some branches are zero, and nothing else is changed."""
     clone = program.clone()
-    nodes = {n.name: n for n in clone.graph}
+    makers = {v.name: n for n in clone.graph for v in n.outputs}
     for branch in find_branches(program).branches:
         if branch.name in branches:
-            add = nodes[branch.add]
-            body = next(v for v in add.inputs if v.name == branch.body)
-            zero = ir.node("Mul", [body, _scalar(clone, f"{branch.add}_zero")], name=f"{branch.add}_mute")
-            zero.outputs[0].name, zero.outputs[0].shape, zero.outputs[0].type = (
-                f"{branch.add}_muted",
-                body.shape,
-                body.type,
-            )
-            clone.graph.insert_before(add, zero)
-            add.replace_input_with(list(add.inputs).index(body), zero.outputs[0])
+            last = makers[branch.body]
+            before = last.inputs[0].producer()
+            for node in (last, before) if last.op_type == "Add" else (last,):
+                for value in node.inputs[1:]:
+                    value.const_value = ir.Tensor(np.zeros_like(value.const_value.numpy()), name=value.name)
     return Program(clone.model)
-
-
-def _scalar(program: Program, name: str) -> ir.Value:
-    tensor = ir.Tensor(np.zeros((), np.float32), name=name)
-    kind = ir.TensorType(ir.DataType.FLOAT)
-    value = ir.Value(name=name, shape=ir.Shape(()), type=kind, const_value=tensor)
-    program.graph.register_initializer(value)
-    return value
 
 
 def _names(program: Program) -> list[str]:
@@ -346,6 +333,16 @@ def test_an_odd_run_leaves_its_first_block_alone() -> None:
 
 def _reasons(program: Program) -> list[str]:
     return [r.reason for r in FlattenBlocks().sites(program) if isinstance(r, Refusal)]
+
+
+def test_blocks_of_other_operators_are_refused() -> None:
+    net = Net()
+    x = tokens(net)
+    for i, kind in enumerate(("Relu", "Tanh")):
+        inner = net.op(kind, net.linear(net.norm(x, f"b{i}.n"), 2 * WIDTH, f"b{i}.up"))
+        x = net.op("Add", x, net.linear(inner, name=f"b{i}.down", width=2 * WIDTH))
+    (reason,) = _reasons(net.program(net.op("Identity", x)))
+    assert reason.endswith("has no counterpart")
 
 
 def test_a_normalization_inside_the_body_is_refused() -> None:
