@@ -22,6 +22,8 @@ from lamina.passes.fold.graph import attribute, constant
 Array = np.ndarray[Any, Any]
 # Bodies longer than this are left alone: the walk is recursive.
 _MOST_NODES = 150
+# Constants up to this size (axes, shapes, an epsilon) are told apart by what is in them.
+_SMALL = 16
 
 
 class Unlike(PassError):
@@ -249,16 +251,18 @@ class Widener:
         raise Unlike("a value differs where it has to be the same")
 
     def keep(self, value: ir.Value) -> ir.Value:
-        """A constant, stored anew where it leaves with what is replaced."""
-        if value.name not in self.own and value.is_initializer():
-            return value
-        if value not in self._made:
-            array, tensor = constant(value), value.const_value
-            assert array is not None
+        """A constant, stored anew where it leaves with what is replaced; small ones that are equal once."""
+        array, tensor = constant(value), value.const_value
+        assert array is not None
+        small = array.size <= _SMALL
+        key = ("constant", array.dtype.str, array.shape, array.tobytes()) if small else ("constant", value)
+        if key not in self._made:
             kind = None if tensor is None else tensor.dtype
-            self._made[value] = self.rewriter.constant(array, f"{value.name}_kept", dtype=kind)
-        made: ir.Value = self._made[value]
-        return made
+            stays = value.name not in self.own and value.is_initializer()
+            made = value if stays else self.rewriter.constant(array, f"{value.name}_kept", dtype=kind)
+            self._made[key] = made
+        kept: ir.Value = self._made[key]
+        return kept
 
     def store(self, array: Array, like: ir.Value, dtype: np.dtype[Any] | None = None) -> ir.Value:
         """A new constant named after an old one."""

@@ -41,6 +41,13 @@ def test_the_two_branches_share_one_normalization() -> None:
     assert len(list(beside.graph)) < len(list(program.graph))
 
 
+def test_a_normalization_in_plain_operators_is_shared_too() -> None:
+    program = _blocks(heads, plain, norm=rms)
+    beside = parallel_layers(program, _branches(program)[:2])
+    counts = [sum(n.op_type == "ReduceMean" for n in p.graph) for p in (program, beside)]
+    assert counts == [4, 3]
+
+
 def test_two_blocks_become_one_attention_and_one_mlp_on_one_normalization() -> None:
     program = _blocks(heads, plain)
     names = _branches(program)
