@@ -24,6 +24,8 @@ from lamina.passes.branch_chains import (
 from lamina.passes.drop_branch import sweep
 from lamina.passes.pass_ import Need, Option, Refusal, Site, Transform
 
+_NORMS = "a normalization or activation stays between the sums, so the branches would share nothing"
+
 
 @dataclass(frozen=True)
 class ParallelLayers(Transform):
@@ -55,7 +57,8 @@ class ParallelLayers(Transform):
         for span in _spans(chains):
             chain = _chain(chains, span)
             if isinstance(chain, str):
-                yield Refusal(self.name, _name(span), chain)
+                if chain != _NORMS or len(span) == 1:  # of pairs it is said once, for each block
+                    yield Refusal(self.name, _name(span), chain)
             else:
                 tried.append((chain.site(self.name, _name(span), "span"), _option(chain, chains)))
         for (site, _), reason in zip(tried, why_not(program, tried), strict=True):
@@ -121,7 +124,7 @@ def _name(span: Sequence[Block]) -> str:
 def _chain(chains: BranchChains, span: Sequence[Block]) -> BranchChain | str:
     chain = chains.of_blocks(*span)
     if isinstance(chain, BranchChain) and chain.norms:
-        return "a normalization or activation stays between the sums, so the branches would share nothing"
+        return _NORMS
     return chain
 
 

@@ -20,8 +20,8 @@ from lamina.ir.semantics import why_fenced
 from lamina.passes.fold.graph import attribute, constant
 
 Array = np.ndarray[Any, Any]
-# Bodies longer than this are left alone: the walk is recursive.
-_MOST_NODES = 150
+# Bodies with more operators than this in a row are left alone: the walk is recursive.
+_DEEPEST = 150
 # Constants up to this size (axes, shapes, an epsilon) are told apart by what is in them.
 _SMALL = 16
 
@@ -150,6 +150,7 @@ class Widener:
         self._made: dict[Any, Any] = {} if made is None else made
         self._bodies: tuple[Body, ...] = ()
         self._known: dict[tuple[ir.Value | None, ...], State] = {}
+        self._depth = 0
 
     @property
     def count(self) -> int:
@@ -162,9 +163,7 @@ class Widener:
         Raises:
             Unlike: Their structure differs, or an operator mixes what must stay apart.
         """
-        if any(len(b.nodes) > _MOST_NODES for b in bodies):
-            raise Unlike(f"a body has more than {_MOST_NODES} operators")
-        self._bodies, self._known = tuple(bodies), {}
+        self._bodies, self._known, self._depth = tuple(bodies), {}, 0
         return self._summed(self.walk(tuple(b.result for b in bodies)))
 
     # -- the walk -----------------------------------------------------------------------------------
@@ -172,7 +171,11 @@ class Widener:
     def walk(self, values: tuple[ir.Value | None, ...]) -> State:
         """What is written for one value of each body."""
         if values not in self._known:
+            self._depth += 1
+            if self._depth > _DEEPEST:
+                raise Unlike(f"a body has more than {_DEEPEST} operators in a row")
             self._known[values] = self._found(values)
+            self._depth -= 1
         return self._known[values]
 
     def _found(self, values: tuple[ir.Value | None, ...]) -> State:

@@ -345,6 +345,16 @@ def test_blocks_of_other_operators_are_refused() -> None:
     assert reason.endswith("has no counterpart")
 
 
+def test_a_body_too_deep_for_the_walk_is_refused() -> None:
+    def deep(net: Net, x: ir.Value, name: str) -> ir.Value:
+        hidden = net.linear(x, name=f"{name}.up")
+        for _ in range(160):
+            hidden = net.op("Relu", hidden)
+        return net.linear(hidden, name=f"{name}.down")
+
+    assert _reasons(_blocks(deep)) == ["a body has more than 150 operators in a row"]
+
+
 def test_a_normalization_inside_the_body_is_refused() -> None:
     def inside(net: Net, x: ir.Value, name: str) -> ir.Value:
         return net.linear(net.norm(net.linear(x, name=f"{name}.up"), f"{name}.mid"), name=f"{name}.down")
