@@ -198,6 +198,9 @@ def rewrite(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, 
         for total in totals:
             name = f"{add.name}_joined"
             value = rewriter.op("Add", [value, total], name=name, dtype=old.dtype, shape=old.shape)
+    label = f"{adds[-1].name}_joined_out"  # what stands for the old sum is found by this name
+    if value.name != label:
+        value.name = rewriter.fresh(label)
     return value
 
 

@@ -21,6 +21,7 @@ from lamina.passes.flatten_blocks import FlattenBlocks, flatten_blocks
 from lamina.passes.fold import fold
 from lamina.passes.pass_ import Option, Refusal, Site
 from lamina.planner.apply import apply_moves
+from lamina.planner.mend import standing
 from lamina.planner.plan import Move, Plan
 from lamina.planner.space import build_space
 from lamina.planner.supergraph import build_supergraph
@@ -301,6 +302,16 @@ def test_a_plan_reproduces_it_bit_for_bit_and_the_function_agrees() -> None:
         applied = apply_moves(program, plan.moves)
         assert text_of(applied) == text_of(apply_moves(program, again.moves))
         assert _differ(applied, flatten_blocks(program, *_names(program), option.name)) == 0
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_what_is_made_anew_stands_for_the_last_sum(post: bool) -> None:
+    program = _blocks(heads, plain, post=post)
+    site, options = _site(program)
+    for option in options.values():
+        move = Move(site, option)
+        made = standing([move], apply_moves(program, [move]))
+        assert made == {f"{site.nodes[-1]}_joined_out": site.outputs[0]}
 
 
 def test_the_supergraph_computes_what_the_rewritten_program_does() -> None:
