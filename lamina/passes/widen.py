@@ -147,7 +147,7 @@ class Widener:
         made: dict[Any, Any] | None = None,
     ) -> None:
         self.rewriter, self.stream, self.own, self.apart = rewriter, stream, frozenset(own), apart
-        self._made: dict[Any, Any] = {} if made is None else made
+        self.made: dict[Any, Any] = {} if made is None else made
         self._bodies: tuple[Body, ...] = ()
         self._known: dict[tuple[ir.Value | None, ...], State] = {}
         self._depth = 0
@@ -239,9 +239,9 @@ class Widener:
         inputs = [self.shared(s) for s in states]
         attributes = {k: a.value for k, a in node.attributes.items()}
         key = (node.op_type, node.domain, tuple(inputs), repr(sorted(attributes.items())), len(node.outputs))
-        if key not in self._made:
-            self._made[key] = self.op(node, inputs, like=node.outputs)
-        return [Same(v) for v in self._made[key]]
+        if key not in self.made:
+            self.made[key] = self.op(node, inputs, like=node.outputs)
+        return [Same(v) for v in self.made[key]]
 
     # -- writing ------------------------------------------------------------------------------------
 
@@ -259,12 +259,12 @@ class Widener:
         assert array is not None
         small = array.size <= _SMALL
         key = ("constant", array.dtype.str, array.shape, array.tobytes()) if small else ("constant", value)
-        if key not in self._made:
+        if key not in self.made:
             kind = None if tensor is None else tensor.dtype
             stays = value.name not in self.own and value.is_initializer()
             made = value if stays else self.rewriter.constant(array, f"{value.name}_kept", dtype=kind)
-            self._made[key] = made
-        kept: ir.Value = self._made[key]
+            self.made[key] = made
+        kept: ir.Value = self.made[key]
         return kept
 
     def store(self, array: Array, like: ir.Value, dtype: np.dtype[Any] | None = None) -> ir.Value:

@@ -171,11 +171,11 @@ def conv(widener: Widener, node: ir.Node, states: Sequence[State]) -> list[State
         raise Unlike(f"the bias of Conv '{node.name}' is no constant")
     groups, kernels = int(attribute(node, "group", 1)), right.arrays
     each = None if biases is None else [b.astype(np.float64) for b in biases.arrays]
-    old = node.inputs[2] if len(node.inputs) > 2 else None
+    first, old = right.values[0], node.inputs[2] if len(node.inputs) > 2 else None
     rank = kernels[0].ndim
 
     def written(source: ir.Value, kernel: Array, bias: Array | None, count: int) -> ir.Value:
-        inputs = [source, widener.store(kernel, right.values[0])]
+        inputs = [source, widener.store(kernel, first)]
         if bias is not None and old is not None:
             inputs.append(widener.store(bias, old))
         return widener.op(node, inputs, {"group": count} if count != groups else None)[0]

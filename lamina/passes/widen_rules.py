@@ -207,7 +207,7 @@ def _plain(widener: Widener, node: ir.Node, source: ir.Value, gain: Array) -> ir
     """The normalization with a gain of ones; one for all that read the same stream alike."""
     epsilon = attribute(node, "epsilon", 1e-5)
     key = ("plain", node.op_type, source, epsilon)
-    if key not in widener._made:
+    if key not in widener.made:
         ones = widener.number(np.ones_like(gain), source)
         first = widener.rewriter.op(
             node.op_type,
@@ -217,8 +217,8 @@ def _plain(widener: Widener, node: ir.Node, source: ir.Value, gain: Array) -> ir
             dtype=source.dtype,
             shape=source.shape,
         )
-        widener._made[key] = first
-    made: ir.Value = widener._made[key]
+        widener.made[key] = first
+    made: ir.Value = widener.made[key]
     return made
 
 
@@ -245,8 +245,7 @@ def _attention(widener: Widener, node: ir.Node, states: Sequence[State]) -> list
     inputs = [_heads(widener, node, s, axis) for s in states[:3]]
     if len(states) > 3 and states[3] is not None:
         mask = widener.shared(states[3])
-        dims = None if mask is None else mask.shape
-        if dims is None or (len(dims) == 4 and dims[1] != 1):
+        if mask is None or mask.shape is None or (len(mask.shape) == 4 and mask.shape[1] != 1):
             raise Unlike(f"the mask of Attention '{node.name}' may be one of each head")
         inputs.append(mask)
     names = ("q_num_heads", "kv_num_heads")
