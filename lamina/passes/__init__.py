@@ -15,6 +15,8 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("direct-matching", "lamina.passes.replace_branch:ReplaceBranch"),
     ("merge-conv-chain", "lamina.passes.merge_conv_chain:MergeConvChain"),
     ("share", "lamina.passes.share:Share"),
+    ("flatten-blocks", "lamina.passes.flatten_blocks:FlattenBlocks"),
+    ("parallel-layers", "lamina.passes.parallel_layers:ParallelLayers"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 

@@ -52,7 +52,7 @@ def _float(
     source = _before(read, "DequantizeLinear", "QuantizeLinear")
     if node.op_type == "Conv":
         return convolution(node, source, shape, shapes)
-    if len(shape) != 2 or node.attributes.get_int("transA", 0):
+    if len(shape) != 2 or node.attributes.get_int("transA", 0) != 0:
         return None
     flipped = node.attributes.get_int("transB", 0) == 0
     kind = node.op_type.lower()

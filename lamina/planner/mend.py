@@ -9,7 +9,9 @@ from dataclasses import replace
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.passes.compensate import compensate
+from lamina.passes.flatten_blocks import FlattenBlocks
 from lamina.passes.merge_conv_chain import MergeConvChain
+from lamina.passes.parallel_layers import ParallelLayers
 from lamina.passes.share import Share
 from lamina.planner.apply import STANDS_FOR, removes
 from lamina.planner.builder import Builder, Finalist, Mending
@@ -28,6 +30,8 @@ _REACH = 3.0
 _TRIES = 2
 # Sums of divergences such plans are looked for at, in those of the best feasible plan.
 _BEYOND = (1.4, 2.0, 3.0)
+# What makes sums anew, under a name of its own.
+_JOINING = (FlattenBlocks.name, ParallelLayers.name)
 
 
 def mend(
@@ -135,8 +139,9 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
     """What values of a changed program stand for in the original.
 
     Behind a dropped branch, or one whose replacement was folded into the weights before it, the skip stands
-    where the sum was; else what replaces the branch does. Runs of such branches are followed to their end.
-    What a quantized operator gives stands for what the operator gave.
+    where the sum was; else what replaces the branch does, and the sum of branches that were joined. Runs of
+    such branches are followed to their end. What a quantized operator gives stands for what the operator
+    gave.
     """
     values = {v.name or "": v for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
@@ -144,9 +149,11 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
         keeps = move.site.transform in (MergeConvChain.name, Share.name)  # a computation, not the skip
         if not removes(move) or len(move.site.outputs) != 1 or keeps:
             continue
-        instead = f"{move.site.nodes[-1]}_matched_bias_out"
-        skip = instead if instead in values else move.site.inputs[0]
-        steps[skip] = move.site.outputs[0]
+        matched, joined = (f"{move.site.nodes[-1]}_{part}_out" for part in ("matched_bias", "joined"))
+        if move.site.transform in _JOINING and joined not in values:
+            continue
+        instead = next((name for name in (matched, joined) if name in values), move.site.inputs[0])
+        steps[instead] = move.site.outputs[0]
     found = {name: str(v.meta[STANDS_FOR]) for name, v in values.items() if STANDS_FOR in v.meta}
     for name, last in steps.items():
         while last in steps:

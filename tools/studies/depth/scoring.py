@@ -139,9 +139,9 @@ class Study:
     report: Judge
 
     @staticmethod
-    def of(case: Case, order_samples: int, report_samples: int | None) -> Study:
-        """Capture, fold, and run the original once."""
-        program, _, _ = fold(capture(str(case.path)))
+    def of(case: Case, order_samples: int, report_samples: int | None, forms: Sequence[str] = ()) -> Study:
+        """Capture, fold (with equivalent ``forms``), and run the original once."""
+        program, _, _ = fold(capture(str(case.path)), forms=forms)
         splits = load_splits(case.load(), program, batch_size=case.batch_size)
         metric = get_metric(case.metric, program)
         divergence = get_metric(metric.divergence, program)
