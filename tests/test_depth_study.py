@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -14,6 +15,7 @@ from stacked_model import WIDTH, stacked
 from lamina.data import Dataset
 from lamina.quality import get_metric
 from tools.bench.cases import Case
+from tools.studies.depth import neurons
 from tools.studies.depth.page import summary, svg, tables
 from tools.studies.depth.repair import Order, Rows, drops
 from tools.studies.depth.scoring import Judge, Study, by_length, short
@@ -152,3 +154,20 @@ def test_the_page_of_sharing_counts_where_dropping_is_better() -> None:
     drop = [{"branch": "a", "divergence": 0.2}, {"branch": "b", "divergence": 0.4}]
     (line,) = list(singles([{"model": "m", "pairs": pairs, "drop": drop}]))[2:]
     assert line == "| m | 2 | 0.3, 0.2 | 0.3, 0.1 | 0.2, 0.1 | 0.2, 0.1 | 1 | 0.20 | - |"
+
+
+def test_every_way_to_narrow_is_scored_and_shown(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Study, "latency", lambda *_: {"latency": 0.9, "latency_spread": [0.8, 1.0]})
+    options = argparse.Namespace(keep=[0.75, 0.5], ways=list(neurons.WAYS), repair=["prune"])
+    *_, found = neurons.study(study, options)
+    ways = [(row["keep"], row["way"]) for row in found["rows"]]
+    assert ways == [
+        (k, w) for k in (0.75, 0.5) for w in ("prune", "prune, repaired", *list(neurons.WAYS)[1:])
+    ]
+    for keep in (0.75, 0.5):
+        rows = {row["way"]: row for row in found["rows"] if row["keep"] == keep}
+        assert len({row["bytes"] for row in rows.values()}) == 1
+        assert rows["prune, repaired"]["divergence"] < rows["prune"]["divergence"]
+        assert rows["transport"]["divergence"] < rows["transport-exact"]["divergence"]
+    assert all(row["divergence"] > 0 for row in found["rows"])
+    assert len(list(neurons.table(found))) == 5 + len(found["rows"])

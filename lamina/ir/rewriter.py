@@ -208,7 +208,7 @@ class Rewriter:
         if doomed:
             self.graph.remove(doomed, safe=True)
 
-    def rename(self, node: ir.Node, name: str, outputs: Sequence[str | None]) -> None:
+    def rename(self, node: ir.Node, name: str, outputs: Sequence[str | None] = ()) -> None:
         """Give a node and its outputs the names of nodes and values that are gone; None leaves an output's.
 
         Raises:
@@ -219,7 +219,7 @@ class Rewriter:
         self._index.drop([node])
         node.name = name
         self._index.add(node)
-        for value, label in zip(node.outputs, outputs, strict=True):
+        for value, label in zip(node.outputs, outputs, strict=False):
             if label is not None:
                 value.name = label
 

@@ -17,6 +17,8 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("share", "lamina.passes.share:Share"),
     ("flatten-blocks", "lamina.passes.flatten_blocks:FlattenBlocks"),
     ("parallel-layers", "lamina.passes.parallel_layers:ParallelLayers"),
+    ("merge-neurons-ot", "lamina.passes.merge_neurons_ot:MergeNeuronsOt"),
+    ("iterative-feature-merging", "lamina.passes.iterative_feature_merging:IterativeFeatureMerging"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
+from lamina.data import Dataset
 from lamina.ir.names import every_node
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
@@ -32,7 +33,7 @@ class Lossy:
 
 
 Effect = Exact | Rounding | Lossy
-Need = Literal["ranges", "inputs", "vectors", "branches", "matches"]
+Need = Literal["ranges", "inputs", "vectors", "branches", "matches", "channels"]
 Form = Literal["float", "int8"]
 
 
@@ -138,6 +139,10 @@ class Transform:
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Every site of ``program``; reads only."""
         raise NotImplementedError
+
+    def collect(self, program: Program, dataset: Dataset, statistics: Any) -> Any:
+        """The statistics with what the options need beyond ranges, from calibration samples."""
+        return statistics
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
         """The options of one site on ``target``; ``statistics`` is what the calibration run collected."""

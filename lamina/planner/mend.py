@@ -9,11 +9,11 @@ from dataclasses import replace
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.passes.compensate import compensate
+from lamina.passes.drop_branch import DropBranch
 from lamina.passes.flatten_blocks import FlattenBlocks
-from lamina.passes.merge_conv_chain import MergeConvChain
 from lamina.passes.parallel_layers import ParallelLayers
-from lamina.passes.share import Share
-from lamina.planner.apply import STANDS_FOR, removes
+from lamina.passes.replace_branch import ReplaceBranch
+from lamina.planner.apply import STANDS_FOR
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.evaluator import Score
 from lamina.planner.paths import RANKS, with_paths
@@ -30,7 +30,9 @@ _REACH = 3.0
 _TRIES = 2
 # Sums of divergences such plans are looked for at, in those of the best feasible plan.
 _BEYOND = (1.4, 2.0, 3.0)
-# What makes sums anew, under a name of its own.
+# Transforms behind which a skip, or a map of it, stands for the sum; and those that make sums anew, under a
+# name of its own.
+_BRANCHES = (DropBranch.name, ReplaceBranch.name)
 _JOINING = (FlattenBlocks.name, ParallelLayers.name)
 
 
@@ -146,8 +148,7 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
     values = {v.name or "": v for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
     for move in moves:
-        keeps = move.site.transform in (MergeConvChain.name, Share.name)  # a computation, not the skip
-        if not removes(move) or len(move.site.outputs) != 1 or keeps:
+        if move.site.transform not in (*_BRANCHES, *_JOINING) or len(move.site.outputs) != 1:
             continue
         matched, joined = (f"{move.site.nodes[-1]}_{part}_out" for part in ("matched_bias", "joined"))
         if move.site.transform in _JOINING and joined not in values:

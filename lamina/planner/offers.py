@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from lamina.analysis.matching import collect_matches
 from lamina.analysis.operators import evenly
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends.backend import Target
 from lamina.data import Dataset
-from lamina.errors import DataError
 from lamina.ir.program import Program
 from lamina.passes import default_transforms, get_transform
 from lamina.passes.fold import fold
 from lamina.passes.pass_ import Refusal, Site
-from lamina.passes.replace_branch import ReplaceBranch
 from lamina.planner.space import build_space
 
 # Samples that ranges are taken from. Which forms there are hardly depends on them; the search takes 128, for
@@ -93,9 +89,8 @@ def offers(
         sites = [s for t in chosen if not t.removes_site for s in t.sites(folded) if isinstance(s, Site)]
         wanted = sorted({v for s in sites for v in (*s.inputs, *s.outputs)})
         statistics = collect(folded, rows, ranges=wanted, progress=progress)
-        probes = [p for t in chosen if isinstance(t, ReplaceBranch) for p in t.probes(folded)]
-        with suppress(DataError):  # too few samples to check a fit on: no maps are offered then
-            statistics = replace(statistics, matches=collect_matches(folded, dataset, probes))
+        for transform in chosen:
+            statistics = transform.collect(folded, dataset, statistics)
     space = build_space(folded, chosen, statistics, target)
     found = [
         Offer(

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from lamina.analysis.cost import CostResult, cost
-from lamina.analysis.matching import collect_matches
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.data import Dataset
-from lamina.errors import DataError, PassError
+from lamina.errors import PassError
 from lamina.ir.io import serialized_size
-from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
 from lamina.passes.pass_ import Site, Transform
-from lamina.passes.replace_branch import ReplaceBranch
 from lamina.planner.blame import Undone, blame_space, undone
 from lamina.planner.costs import Costs, fit_scales
 from lamina.planner.evaluator import Evaluator
@@ -85,7 +81,8 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Ref
             needs=statistics_of(t.name for t in transforms),
             progress=lambda done, total: progress.update("analyze", done, total),
         )
-        statistics = with_matches(request, program, transforms, statistics)
+        for transform in transforms:
+            statistics = transform.collect(program, request.splits.calibration, statistics)
         space = build_space(program, transforms, statistics, request.target)
     told: list[Undone] = []
     with progress.stage("price"):
@@ -140,21 +137,6 @@ def useful_transforms(request: Request) -> list[Transform]:
 def axes_of(request: Request) -> set[str]:
     """The costs that the request bounds or minimizes."""
     return {request.minimize, *(b.axis for b in request.budget.costs)}
-
-
-def with_matches(
-    request: Request, program: Program, transforms: Sequence[Transform], statistics: Statistics
-) -> Statistics:
-    """The statistics with moments of every branch that a linear map may replace.
-
-    Too little calibration data to check a fit on leaves them out: nothing is replaced then.
-    """
-    probes = [p for t in transforms if isinstance(t, ReplaceBranch) for p in t.probes(program)]
-    try:
-        matches = collect_matches(program, request.splits.calibration, probes)
-    except DataError:
-        return statistics
-    return replace(statistics, matches=matches)
 
 
 def calibration_rows(request: Request) -> Dataset:
