@@ -19,7 +19,7 @@ from lamina.planner.search import Search
 from lamina.quality import evaluate, get_metric
 
 # Share of the search's time that one compensation may take.
-_SHARE = 0.5
+MEND_SHARE = 0.5
 # Plans that miss the drop bound are compensated up to so many times it, and so many of them.
 _REACH = 3.0
 _TRIES = 2
@@ -46,7 +46,7 @@ def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
             request.splits.calibration,
             stands_for=standing(realized.plan.moves, realized.program),
             divergence=get_metric(request.metric.divergence, original),
-            seconds=_SHARE * request.seconds,
+            seconds=MEND_SHARE * request.seconds,
         )
     except DataError:  # too little calibration data to check a fit on
         return finalist

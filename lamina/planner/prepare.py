@@ -19,9 +19,12 @@ from lamina.ir.io import serialized_size
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
+from lamina.passes.merge_conv_chain import MergeConvChain
 from lamina.passes.pass_ import Site, Transform
 from lamina.passes.replace_branch import ReplaceBranch
-from lamina.planner.blame import Undone, blame_space, undone
+from lamina.planner.blame import Undone, blame_space, reason_of, undone
+from lamina.planner.chain_measure import measured_plans
+from lamina.planner.chain_plans import ChainPlans, ChainRule
 from lamina.planner.costs import Costs, fit_scales
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.forms import Folded
@@ -57,6 +60,7 @@ class Prepared:
         referee: Holds what is built against the original.
         whole: Genome -> latency ratio measured on the finished model.
         undone: What was left out because it broke: pass, place and reason.
+        chains: Plans of the dynamic programs over chains of convolutions, where these were asked for.
     """
 
     folded: Folded
@@ -67,13 +71,30 @@ class Prepared:
     referee: Referee
     whole: dict[Genome, float] = field(default_factory=dict)
     undone: list[Undone] = field(default_factory=list)
+    chains: ChainPlans = field(default_factory=lambda: ChainPlans({}))
 
 
-def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Referee) -> Prepared:
-    """Run every analysis the search needs; options that cannot be applied are left out, and told."""
+def prepare(
+    request: Request,
+    folded: Folded,
+    stopwatch: Stopwatch,
+    referee: Referee,
+    chain_rules: Sequence[ChainRule] = (),
+) -> Prepared:
+    """Run every analysis the search needs; options that cannot be applied are left out, and told.
+
+    Args:
+        request: What was asked for.
+        folded: The program the sites belong to.
+        stopwatch: Times whole models.
+        referee: Holds what is built against the original.
+        chain_rules: Dynamic programs whose plans become options of merge-conv-chain.
+    """
     progress, program = request.progress, folded.program
     transforms = [get_transform(name) for name in request.transforms]
+    told: list[Undone] = []
     with progress.stage("analyze"):
+        transforms, chains = _with_chain_plans(request, program, transforms, chain_rules, told)
         sites = [s for t in transforms for s in t.sites(program) if isinstance(s, Site)]
         wanted = sorted(
             {v for s in sites if not get_transform(s.transform).removes_site for v in (*s.inputs, *s.outputs)}
@@ -86,11 +107,11 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Ref
         )
         statistics = with_matches(request, program, transforms, statistics)
         space = build_space(program, transforms, statistics, request.target)
-    told: list[Undone] = []
     with progress.stage("price"):
         while True:
             try:
-                return _priced(request, folded, space, statistics, stopwatch, referee, told)
+                prepared = _priced(request, folded, space, statistics, stopwatch, referee, told)
+                return replace(prepared, chains=chains)
             except Exception as error:  # a bug in a transform costs its moves, not the run
                 space = sound(space, referee, error, told)
 
@@ -99,7 +120,8 @@ def reprepare(request: Request, prepared: Prepared, stopwatch: Stopwatch, error:
     """Price anew without the options that are to blame for ``error``; raises it where none is."""
     space = sound(prepared.costs.space, prepared.referee, error, prepared.undone)
     kept = prepared.folded, space, prepared.statistics
-    return _priced(request, *kept, stopwatch, prepared.referee, prepared.undone)
+    again = _priced(request, *kept, stopwatch, prepared.referee, prepared.undone)
+    return replace(again, chains=prepared.chains)
 
 
 def sound(space: Space, referee: Referee, error: Exception, told: list[Undone]) -> Space:
@@ -125,6 +147,27 @@ def _priced(
     prepared = Prepared(folded, plan, statistics, costs, original_cost, referee, undone=told)
     _measure_groups(request, prepared, stopwatch)
     return prepared
+
+
+def _with_chain_plans(
+    request: Request,
+    program: Program,
+    transforms: Sequence[Transform],
+    rules: Sequence[ChainRule],
+    told: list[Undone],
+) -> tuple[list[Transform], ChainPlans]:
+    """The transforms, merges planned over whole chains among their options; and the plans."""
+    merge = next((t for t in transforms if isinstance(t, MergeConvChain)), None)
+    if merge is None or not rules:
+        return list(transforms), ChainPlans({})
+    try:
+        plans = measured_plans(request, program, merge, rules)
+    except Exception as error:  # a bug in a transform costs its moves, not the run
+        reason = reason_of(error)
+        told.append({"pass": merge.name, "where": "plans over whole chains", "reason": reason})
+        return list(transforms), ChainPlans({}, reason)
+    planned = replace(merge, planned=plans.tilings)
+    return [planned if t is merge else t for t in transforms], plans
 
 
 def with_matches(

@@ -1,16 +1,22 @@
-"""What a search starts from: the plans of every drop rule, or of the rules a user names and nothing else."""
+"""What a search starts from: the plans of every rule, or of the rules a user names and nothing else.
+
+Rules are drop rules (:mod:`lamina.planner.drop_rules`) and the dynamic programs over chains of convolutions
+(:mod:`lamina.planner.chain_plans`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import cache
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 
 import numpy as np
 
 from lamina.analysis.statistics import Statistics
 from lamina.data import Dataset
 from lamina.errors import BudgetError, PassError
+from lamina.passes.merge_conv_chain import MergeConvChain
+from lamina.planner.chain_plans import CHAIN_RULES, ChainRule
 from lamina.planner.drop_evidence import (
     DropEvidence,
     DropSet,
@@ -21,12 +27,12 @@ from lamina.planner.drop_evidence import (
     span_angles,
 )
 from lamina.planner.drop_rules import RULES, Rule, get_rule, rule_names
-from lamina.planner.drop_seeds import SHARE, DropSeeds
 from lamina.planner.drop_sets import task_loss
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.prepare import Prepared, calibration_rows
 from lamina.planner.request import Request
-from lamina.planner.space import Genome
+from lamina.planner.rule_seeds import SHARE, RuleSeeds, Source, Step
+from lamina.planner.space import Genome, Space
 from lamina.quality import get_metric
 from lamina.quality.divergence import Divergence
 
@@ -37,44 +43,120 @@ _GREEDY = 0.2
 _BATCHES = 8
 
 
-def rules_of(strategy: str | Sequence[str] | None) -> tuple[tuple[Rule, ...], bool]:
-    """The rules of a strategy, and whether their plans are all that is looked at.
+@dataclass(frozen=True)
+class Strategy:
+    """What a search starts from.
 
-    Args:
-        strategy: ``search`` or None: every rule, then the planner's own search. Else one or several names of
-            rules, as a sequence or with commas between: only their plans.
-
-    Raises:
-        BudgetError: A name is no rule's.
+    Attributes:
+        drops: Rules whose plans drop branches.
+        chains: Dynamic programs whose plans merge convolutions.
+        only: Whether these plans are all that is looked at.
     """
-    names = strategy.split(",") if isinstance(strategy, str) else list(strategy or ())
-    names = [n.strip() for n in names if n.strip()] or [SEARCH]
-    if names == [SEARCH]:
-        return RULES, False
-    for name in names:
-        if name not in rule_names():
-            raise BudgetError(
-                f"there is no strategy '{name}'", advice=f"choose from {', '.join((SEARCH, *rule_names()))}"
-            )
-    return tuple(get_rule(name) for name in dict.fromkeys(names)), True
+
+    drops: tuple[Rule, ...] = RULES
+    chains: tuple[ChainRule, ...] = CHAIN_RULES
+    only: bool = False
+
+    @property
+    def text(self) -> str:
+        """What :meth:`parse` makes it of again."""
+        return ",".join(rule.name for rule in (*self.drops, *self.chains)) if self.only else SEARCH
+
+    def require(self, transforms: Collection[str]) -> None:
+        """Check that the transforms its plans are made of may be used.
+
+        Raises:
+            BudgetError: One may not, and there is nothing but these plans.
+        """
+        needed = (("drop", self.drops), (MergeConvChain.name, self.chains))
+        for transform, rules in needed if self.only else ():
+            if rules and transform not in transforms:
+                raise BudgetError(
+                    f"strategy '{rules[0].name}' needs the transform '{transform}'",
+                    advice="add it to transforms, or leave them out",
+                )
+
+    @staticmethod
+    def parse(strategy: str | Sequence[str] | None) -> Strategy:
+        """The strategy of a name or several.
+
+        Args:
+            strategy: ``search`` or None: every rule, then the planner's own search. Else one or several names
+                of rules, as a sequence or with commas between: only their plans.
+
+        Raises:
+            BudgetError: A name is no rule's.
+        """
+        names = strategy.split(",") if isinstance(strategy, str) else list(strategy or ())
+        names = [n.strip() for n in names if n.strip()] or [SEARCH]
+        if names == [SEARCH]:
+            return Strategy()
+        programs = {rule.name: rule for rule in CHAIN_RULES}
+        known = (*rule_names(), *programs)
+        for name in names:
+            if name not in known:
+                raise BudgetError(
+                    f"there is no strategy '{name}'", advice=f"choose from {', '.join((SEARCH, *known))}"
+                )
+        unique = list(dict.fromkeys(names))
+        drops = tuple(get_rule(n) for n in unique if n not in programs)
+        return Strategy(drops, tuple(programs[n] for n in unique if n in programs), only=True)
 
 
-def drop_seeds(
+def rule_seeds(
     request: Request, prepared: Prepared, evaluator: Evaluator, damage: Sequence[Sequence[float]]
-) -> DropSeeds | None:
-    """The plans of the request's rules, measured on the planner's supergraph; None without drops.
+) -> RuleSeeds | None:
+    """The plans of the request's rules, measured on the planner's supergraph; None where none applies.
 
     Args:
         request: What was asked for.
-        prepared: Space and prices.
+        prepared: Space, prices, and plans over chains.
         evaluator: Runs candidates.
         damage: Divergence of every option alone.
     """
-    rules, only = rules_of(request.strategy)
-    space, costs = prepared.costs.space, prepared.costs
+    strategy = Strategy.parse(request.strategy)
+    space = prepared.costs.space
+    sources: list[Source] = []
+    if any(c.transform.name == "drop" for c in space.choices):
+        sources += drop_sources(strategy.drops, _evidence(request, prepared, evaluator, damage), space)
+    if MergeConvChain.name in request.transforms:
+        sources += [
+            Source(rule.name, partial(prepared.chains.genomes, rule.name, space)) for rule in strategy.chains
+        ]
+    return RuleSeeds(sources, space, share=1.0 if strategy.only else SHARE) if sources else None
+
+
+def drop_sources(rules: Sequence[Rule], evidence: DropEvidence, space: Space) -> list[Source]:
+    """The plans of drop rules in a space."""
+
+    def plans(rule: Rule) -> Iterator[Step]:
+        return ((len(names), drop_genome(space, names)) for names in rule.sets(evidence))
+
+    return [Source(rule.name, partial(plans, rule), rule.greedy) for rule in rules]
+
+
+def drop_genome(space: Space, names: DropSet) -> Genome | None:
+    """The genome that drops these branches and nothing else; None where one cannot be dropped alone."""
+    place = {
+        choice.site.name: (i, [o.name for o in choice.options].index("drop") + 1)
+        for i, choice in enumerate(space.choices)
+        if choice.transform.name == "drop"
+    }
+    genes = list(space.nothing)
+    for name in names:
+        if name not in place:
+            return None
+        index, gene = place[name]
+        genes[index] = gene
+    return space.canonical(genes)
+
+
+def _evidence(
+    request: Request, prepared: Prepared, evaluator: Evaluator, damage: Sequence[Sequence[float]]
+) -> DropEvidence:
+    """What drop rules go by, with measures on the supergraph."""
+    space = prepared.costs.space
     drops = {c.site.name: i for i, c in enumerate(space.choices) if c.transform.name == "drop"}
-    if not drops:
-        return None
     program, data = prepared.folded.program, calibration_rows(request)
     axis = _axis(request)
     saving = {name: -_delta(prepared, axis, i) for name, i in drops.items()}
@@ -93,9 +175,7 @@ def drop_seeds(
         return {name: damage[i][0] for name, i in drops.items()}
 
     evidence = DropEvidence(branches, layers, statistics, lambda first, last: angles()(first, last), single)
-    seeds = DropSeeds(rules, evidence, costs.space, share=1.0 if only else SHARE)
-    seeds.evidence = _measured(request, prepared, evaluator, seeds)
-    return seeds
+    return _measured(request, prepared, evaluator, evidence)
 
 
 def _axis(request: Request) -> str:
@@ -110,10 +190,12 @@ def _delta(prepared: Prepared, axis: str, index: int) -> float:
     return costs.latency_delta(index, 1) if axis == "latency" else float(costs.delta[axis][index][0])
 
 
-def _measured(request: Request, prepared: Prepared, evaluator: Evaluator, seeds: DropSeeds) -> DropEvidence:
+def _measured(
+    request: Request, prepared: Prepared, evaluator: Evaluator, evidence: DropEvidence
+) -> DropEvidence:
     """The evidence with measures on the supergraph; sets it cannot express are infinitely harmful."""
-    program = prepared.folded.program
-    probe = _probe(request, evaluator, len(seeds.evidence.branches))
+    program, space = prepared.folded.program, prepared.costs.space
+    probe = _probe(request, evaluator, len(evidence.branches))
     divergence = get_metric(request.metric.divergence, program)
     if not isinstance(divergence, Divergence):
         raise PassError(f"metric '{request.metric.name}' names no divergence")
@@ -122,7 +204,7 @@ def _measured(request: Request, prepared: Prepared, evaluator: Evaluator, seeds:
 
     def through(measure: Callable[[Sequence[Genome]], Sequence[float]]) -> Measure:
         def measured(sets: Sequence[DropSet]) -> list[float]:
-            genomes = [seeds.genome(s) for s in sets]
+            genomes = [drop_genome(space, s) for s in sets]
             known = [g for g in genomes if g is not None]
             values = iter(measure(known) if known else ())
             return [float("inf") if g is None else next(values) for g in genomes]
@@ -131,7 +213,7 @@ def _measured(request: Request, prepared: Prepared, evaluator: Evaluator, seeds:
 
     apart = through(lambda genomes: evaluator.single_divergences(probe, judge, genomes))
     lost = None if loss is None else through(lambda genomes: evaluator.single_scores(probe, loss, genomes))
-    return replace(seeds.evidence, divergence=apart, loss=lost)
+    return replace(evidence, divergence=apart, loss=lost)
 
 
 def _probe(request: Request, evaluator: Evaluator, branches: int) -> Dataset:

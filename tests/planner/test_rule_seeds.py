@@ -19,12 +19,12 @@ from lamina.ir.branches import cache_ports
 from lamina.passes.drop_branch import DropBranch, apply_drops
 from lamina.planner.drop_evidence import DropEvidence, droppable
 from lamina.planner.drop_rules import Rule
-from lamina.planner.drop_seeds import DropSeeds
 from lamina.planner.evaluator import Score
 from lamina.planner.referee import Referee
+from lamina.planner.rule_seeds import RuleSeeds
 from lamina.planner.search import Goal, Search
 from lamina.planner.space import Genome, Space, build_space
-from lamina.planner.strategy import rules_of
+from lamina.planner.strategy import Strategy, drop_sources
 
 
 class Judge:
@@ -86,7 +86,7 @@ def test_the_search_is_no_worse_than_any_of_its_rules(seed, goal):
     goal = Goal(goal.minimize, {a: b * costs.base[a] for a, b in goal.bounds.items()}, goal.allowed_damage)
 
     def best(rules: Sequence[Rule], only: bool):
-        seeds = DropSeeds(rules, evidence, space, share=1.0)
+        seeds = RuleSeeds(drop_sources(rules, evidence, space), space, share=1.0)
         search = Search(costs, damage, judge, goal, seconds=20, seeds=seeds, only_seeds=only)  # type: ignore[arg-type]
         search.run()
         return search.best(), seeds
@@ -110,7 +110,7 @@ def test_a_rule_alone_drops_as_many_as_the_bound_allows(seed):
     judge = Judge(space, seed)
     judge.pairs[:] = 0  # then damage grows, and bisection must find the last set that fits
     names = [c.site.name for c in space.choices]
-    seeds = DropSeeds([listed("order", names)], DropEvidence(()), space)
+    seeds = RuleSeeds(drop_sources([listed("order", names)], DropEvidence(()), space), space)
     goal = Goal("flops", {}, 1.3)
     flops = {**costs.delta, "flops": [[-1.0] for _ in names]}
     costs.delta = flops
@@ -131,7 +131,7 @@ def test_a_rule_that_cannot_work_costs_its_plans_only():
 
     names = [c.site.name for c in space.choices]
     rules = [Rule("broken", "", broken), listed("fine", names)]
-    seeds = DropSeeds(rules, DropEvidence(()), space)
+    seeds = RuleSeeds(drop_sources(rules, DropEvidence(()), space), space)
     judge = Judge(space, 0)
     Search(costs, damage, judge, Goal("latency", {}, 1.0), seconds=5, seeds=seeds).run()  # type: ignore[arg-type]
     first, second = seeds.report()
@@ -140,15 +140,20 @@ def test_a_rule_that_cannot_work_costs_its_plans_only():
 
 
 def test_names_of_strategies():
-    assert rules_of(None) == rules_of("search")
-    assert not rules_of("search")[1]
-    rules, only = rules_of("balanced-skip, joint-branch-drop")
-    assert only
-    assert [r.name for r in rules] == ["balanced-skip", "joint-branch-drop"]
+    assert Strategy.parse(None) == Strategy.parse("search") == Strategy()
+    assert not Strategy().only
+    assert Strategy().text == "search"
+    some = Strategy.parse("balanced-skip, merge-conv-chain, joint-branch-drop")
+    assert some.only
+    assert [r.name for r in some.drops] == ["balanced-skip", "joint-branch-drop"]
+    assert [r.name for r in some.chains] == ["merge-conv-chain"]
+    assert Strategy.parse(some.text) == some
     with pytest.raises(BudgetError, match="there is no strategy 'nonsense'"):
-        rules_of(["nonsense"])
-    with pytest.raises(BudgetError, match="needs the transform 'drop'"):
+        Strategy.parse(["nonsense"])
+    with pytest.raises(BudgetError, match="'balanced-skip' needs the transform 'drop'"):
         lamina.optimize("absent.onnx", "drop<=1%", strategy="balanced-skip", transforms=["quantize"])
+    with pytest.raises(BudgetError, match="'conv-merge-two-stage-dp' needs the transform 'merge-conv-chain'"):
+        lamina.optimize("absent.onnx", "drop<=1%", strategy="conv-merge-two-stage-dp", transforms=["drop"])
 
 
 # -- whole optimizations ------------------------------------------------------------------------------
