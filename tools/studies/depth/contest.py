@@ -92,14 +92,14 @@ class Ready:
                 choices[i].transform.name == transform and kind in (None, choices[i].site.kind)
             )
 
+        yield MIX, lambda i, gene: True, self.seeds  # first: what it measures must not be known already
         for walk in self.seeds.walks if self.seeds is not None else ():
             yield walk.rule.name, None, self.seeds.alone(walk.rule.name) if self.seeds else None
-        for transform in TRANSFORMS:
+        for transform in self.request.transforms:
             if any(c.transform.name == transform for c in choices):
                 yield f"{transform} alone", uses(transform), None
         for kind in self.kinds if len(self.kinds) > 1 else ():
             yield f"only {kind}", uses("drop", kind), None
-        yield MIX, lambda i, gene: True, self.seeds
 
     def search(self, level: float, fits: Fits | None, seeds: RuleSeeds | None) -> Search:
         """Run one contender's search for the least damage within a latency."""
@@ -141,7 +141,7 @@ class Ready:
         return self._scored[key]
 
 
-def asked(case: Case, seconds: float) -> Request:
+def asked(case: Case, seconds: float, transforms: Sequence[str]) -> Request:
     """What the planner would be asked for: the least damage, with the depth transforms."""
     program = capture(str(case.path))
     splits = load_splits(case.load(), program, batch_size=case.batch_size)
@@ -154,7 +154,7 @@ def asked(case: Case, seconds: float) -> Request:
         target=TARGET,
         backend=get_backend(TARGET),
         workload=parse_workload(case.workload, program, splits.selection),
-        transforms=TRANSFORMS,
+        transforms=tuple(transforms),
         minimize="damage",
         seconds=seconds,
         seed=0,
@@ -299,6 +299,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="*", help="reference models; all if none")
+    parser.add_argument("--transforms", nargs="+", default=TRANSFORMS, help="what the planner may use")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.9, 0.8, 0.7], help="of folded latency")
     parser.add_argument("--seconds", type=float, default=40.0, help="of one contender's search")
     parser.add_argument("--timing", type=float, default=1.0, help="seconds a model of the last timing")
@@ -310,7 +311,7 @@ def main() -> None:
     for case in CASES:
         if case.name not in (options.models or MODELS):
             continue
-        request = asked(case, options.seconds)
+        request = asked(case, options.seconds, options.transforms)
         timed = request.backend, TARGET, request.workload, request.program.model
         with tempfile.TemporaryDirectory() as folder, Stopwatch(*timed, Path(folder)) as stopwatch:
             ready = made_ready(case, request, stopwatch, options.report_samples)
