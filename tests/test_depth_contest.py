@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from stacked_model import WIDTH, stacked
+from tiny import shorten_timing
 
+from lamina.backends.backend import Target
+from lamina.ir.io import save_model
+from lamina.planner.timing import Stopwatch
 from lamina.report.drawing import svg
+from tools.bench.cases import Case
+from tools.studies.depth.contest import MIX, asked, contest, made_ready
 from tools.studies.depth.contest_page import decided, page, verdict
 from tools.studies.depth.contest_plot import plot, points
 
@@ -101,3 +111,38 @@ def test_the_plot_has_a_line_a_contender_and_marks_what_was_compensated():
     sides = [e.get("width") for e in root.iter() if e.tag.endswith("rect")]
     assert sides.count("6") == 6  # three plans and three names
     assert sides.count("3") == 2
+
+
+def _rows(seed: int) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(seed).normal(size=(32, 6, WIDTH)).astype(np.float32)}
+
+
+def test_a_contest_scores_every_contender_on_the_same_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LAMINA_CACHE", str(tmp_path / "cache"))
+    shorten_timing(monkeypatch)
+    path = tmp_path / "stack.onnx"
+    save_model(stacked(5).model, path)
+    parts = {name: _rows(seed) for seed, name in enumerate(("calibration", "selection", "report"))}
+    case = Case("stack", str(path), "relative-l2", lambda: dict(parts), "1x6", 16)
+    request = asked(case, 0.5, ("drop", "direct-matching"))
+    options = argparse.Namespace(shares=[0.7], mend=0.5, timing=0.1)
+    timed = request.backend, Target.parse("ort:cpu?threads=1"), request.workload, request.program.model
+    with Stopwatch(*timed, tmp_path) as stopwatch:
+        ready = made_ready(case, request, stopwatch, 24)
+        # times of a model this small are noise: take whatever was built as fast enough
+        monkeypatch.setattr("tools.studies.depth.contest.affordable", lambda *_: True)
+        found = contest(ready, options, lambda note: None)
+    (level,) = found["levels"]
+    plans = {p["name"]: p for p in level["plans"]}
+    assert {MIX, "drop alone", "direct-matching alone", "greedy-output-divergence"} <= set(plans)
+    assert plans[MIX]["plan"] is not None
+    assert plans[MIX]["planner_minus"][0] == 0
+    for contender in plans.values():
+        plan = contender["plan"]
+        if plan is not None:
+            assert plan["selection_damage"] >= plans[MIX]["plan"]["selection_damage"] - 1e-9
+            assert plan["sites"]
+    assert found["n"] == {"calibration": 32, "selection": 32, "report": 24}
+    assert "| stack | 0.7 |" in page([found])
