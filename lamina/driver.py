@@ -33,7 +33,7 @@ from lamina.planner.realize import reproduce
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.search import Search
-from lamina.planner.strategy import Strategy, rule_seeds
+from lamina.planner.strategy import rule_seeds, strategy_of
 from lamina.planner.timing import Stopwatch
 from lamina.progress import Progress
 from lamina.quality import Metric, evaluate, get_metric
@@ -109,8 +109,8 @@ def optimize(
         names = tuple(transforms) if transforms is not None else transform_names()
         for name in names:
             get_transform(name)
-        plans = Strategy.parse(strategy)
-        plans.require(names)
+        plans_from = strategy_of(strategy)
+        plans_from.check(names)
         program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
         program.require_tensors()
         chosen = get_metric(metric, program)
@@ -130,7 +130,7 @@ def optimize(
             seconds=seconds,
             seed=seed,
             progress=progress,
-            strategy=plans.text,
+            strategy=plans_from.name,
         )
     with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
         return _optimize(request, Path(folder))
@@ -179,8 +179,8 @@ def _optimize(request: Request, folder: Path) -> Result:
             referee = Referee(request.program, [few_samples(request)])
             folded, left_out = proven_folds(request, stopwatch, referee)
             referee.caches = cache_ports(folded.program)
-        strategy = Strategy.parse(request.strategy)
-        prepared = prepare(request, folded, stopwatch, referee, strategy.chains)
+        strategy = strategy_of(request.strategy)
+        prepared = prepare(request, folded, stopwatch, referee, strategy.programs)
         with progress.stage("sensitivity"):
             try:
                 evaluator, damage = sensitivity(request, prepared)
@@ -201,7 +201,7 @@ def _optimize(request: Request, folder: Path) -> Result:
                 seed=request.seed,
                 report=lambda done, total, note: progress.update("search", int(done), int(total), note),
                 seeds=seeds,
-                only_seeds=strategy.only,
+                only_seeds=not strategy.search,
             )
             search.run()
         with progress.stage("verify"):
@@ -209,7 +209,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             verdict = explained(verdict, builder, damage)
             candidates = search.ranked()
             found = evidence(request, builder, goal, verdict, final, candidates)
-    found["rules"] = [] if seeds is None else seeds.report()
+    found["rules"] = seeds.report()
     found["seconds"] = dict(progress.seconds)
     realized = verdict.finalist.realized
     return Result(realized.program, realized.plan, found, front(builder, candidates, goal))

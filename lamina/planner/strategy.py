@@ -45,68 +45,72 @@ _BATCHES = 8
 
 @dataclass(frozen=True)
 class Strategy:
-    """What a search starts from.
+    """Where plans come from.
 
     Attributes:
-        drops: Rules whose plans drop branches.
-        chains: Dynamic programs whose plans merge convolutions.
-        only: Whether these plans are all that is looked at.
+        rules: Drop rules.
+        programs: Dynamic programs over chains of convolutions.
+        search: Whether the planner's own search goes on from their plans.
     """
 
-    drops: tuple[Rule, ...] = RULES
-    chains: tuple[ChainRule, ...] = CHAIN_RULES
-    only: bool = False
+    rules: tuple[Rule, ...]
+    programs: tuple[ChainRule, ...]
+    search: bool
 
     @property
-    def text(self) -> str:
-        """What :meth:`parse` makes it of again."""
-        return ",".join(rule.name for rule in (*self.drops, *self.chains)) if self.only else SEARCH
+    def name(self) -> str:
+        """``search``, or the names with commas between."""
+        return SEARCH if self.search else ",".join(rule.name for rule in (*self.rules, *self.programs))
 
-    def require(self, transforms: Collection[str]) -> None:
-        """Check that the transforms its plans are made of may be used.
+    def check(self, transforms: Collection[str]) -> None:
+        """Raise where a named rule could propose nothing.
 
         Raises:
-            BudgetError: One may not, and there is nothing but these plans.
+            BudgetError: Its transform is not used.
         """
-        needed = (("drop", self.drops), (MergeConvChain.name, self.chains))
-        for transform, rules in needed if self.only else ():
-            if rules and transform not in transforms:
+        for parts, kind, transform in (
+            (self.rules, "drop rules", "drop"),
+            (self.programs, "programs over chains", MergeConvChain.name),
+        ):
+            if parts and not self.search and transform not in transforms:
                 raise BudgetError(
-                    f"strategy '{rules[0].name}' needs the transform '{transform}'",
+                    f"a strategy of {kind} needs the transform '{transform}'",
                     advice="add it to transforms, or leave them out",
                 )
 
-    @staticmethod
-    def parse(strategy: str | Sequence[str] | None) -> Strategy:
-        """The strategy of a name or several.
 
-        Args:
-            strategy: ``search`` or None: every rule, then the planner's own search. Else one or several names
-                of rules, as a sequence or with commas between: only their plans.
+def strategy_names() -> tuple[str, ...]:
+    """Everything that a strategy can name."""
+    return (SEARCH, *rule_names(), *(rule.name for rule in CHAIN_RULES))
 
-        Raises:
-            BudgetError: A name is no rule's.
-        """
-        names = strategy.split(",") if isinstance(strategy, str) else list(strategy or ())
-        names = [n.strip() for n in names if n.strip()] or [SEARCH]
-        if names == [SEARCH]:
-            return Strategy()
-        programs = {rule.name: rule for rule in CHAIN_RULES}
-        known = (*rule_names(), *programs)
-        for name in names:
-            if name not in known:
-                raise BudgetError(
-                    f"there is no strategy '{name}'", advice=f"choose from {', '.join((SEARCH, *known))}"
-                )
-        unique = list(dict.fromkeys(names))
-        drops = tuple(get_rule(n) for n in unique if n not in programs)
-        return Strategy(drops, tuple(programs[n] for n in unique if n in programs), only=True)
+
+def strategy_of(strategy: str | Sequence[str] | None) -> Strategy:
+    """The rules of a strategy, and whether their plans are all that is looked at.
+
+    Args:
+        strategy: ``search`` or None: every rule, then the planner's own search. Else one or several names of
+            rules, as a sequence or with commas between: only their plans.
+
+    Raises:
+        BudgetError: A name is no rule's.
+    """
+    names = strategy.split(",") if isinstance(strategy, str) else list(strategy or ())
+    names = [n.strip() for n in names if n.strip()] or [SEARCH]
+    if names == [SEARCH]:
+        return Strategy(RULES, CHAIN_RULES, True)
+    for name in names:
+        if name not in strategy_names()[1:]:
+            raise BudgetError(
+                f"there is no strategy '{name}'", advice=f"choose from {', '.join(strategy_names())}"
+            )
+    rules = tuple(get_rule(n) for n in dict.fromkeys(names) if n in rule_names())
+    return Strategy(rules, tuple(rule for rule in CHAIN_RULES if rule.name in names), False)
 
 
 def rule_seeds(
     request: Request, prepared: Prepared, evaluator: Evaluator, damage: Sequence[Sequence[float]]
-) -> RuleSeeds | None:
-    """The plans of the request's rules, measured on the planner's supergraph; None where none applies.
+) -> RuleSeeds:
+    """The plans of the request's rules, measured on the planner's supergraph.
 
     Args:
         request: What was asked for.
@@ -114,16 +118,17 @@ def rule_seeds(
         evaluator: Runs candidates.
         damage: Divergence of every option alone.
     """
-    strategy = Strategy.parse(request.strategy)
+    strategy = strategy_of(request.strategy)
     space = prepared.costs.space
     sources: list[Source] = []
-    if any(c.transform.name == "drop" for c in space.choices):
-        sources += drop_sources(strategy.drops, _evidence(request, prepared, evaluator, damage), space)
+    if strategy.rules and any(c.transform.name == "drop" for c in space.choices):
+        sources += drop_sources(strategy.rules, _evidence(request, prepared, evaluator, damage), space)
     if MergeConvChain.name in request.transforms:
         sources += [
-            Source(rule.name, partial(prepared.chains.genomes, rule.name, space)) for rule in strategy.chains
+            Source(rule.name, partial(prepared.chains.genomes, rule.name, space))
+            for rule in strategy.programs
         ]
-    return RuleSeeds(sources, space, share=1.0 if strategy.only else SHARE) if sources else None
+    return RuleSeeds(sources, space, share=SHARE if strategy.search else 1.0)
 
 
 def drop_sources(rules: Sequence[Rule], evidence: DropEvidence, space: Space) -> list[Source]:

@@ -24,7 +24,7 @@ from lamina.planner.referee import Referee
 from lamina.planner.rule_seeds import RuleSeeds
 from lamina.planner.search import Goal, Search
 from lamina.planner.space import Genome, Space, build_space
-from lamina.planner.strategy import Strategy, drop_sources
+from lamina.planner.strategy import drop_sources, strategy_of
 
 
 class Judge:
@@ -140,19 +140,19 @@ def test_a_rule_that_cannot_work_costs_its_plans_only():
 
 
 def test_names_of_strategies():
-    assert Strategy.parse(None) == Strategy.parse("search") == Strategy()
-    assert not Strategy().only
-    assert Strategy().text == "search"
-    some = Strategy.parse("balanced-skip, merge-conv-chain, joint-branch-drop")
-    assert some.only
-    assert [r.name for r in some.drops] == ["balanced-skip", "joint-branch-drop"]
-    assert [r.name for r in some.chains] == ["merge-conv-chain"]
-    assert Strategy.parse(some.text) == some
+    assert strategy_of(None) == strategy_of("search")
+    assert strategy_of("search").search
+    assert strategy_of("search").name == "search"
+    named = strategy_of("balanced-skip, merge-conv-chain, joint-branch-drop")
+    assert not named.search
+    assert [r.name for r in named.rules] == ["balanced-skip", "joint-branch-drop"]
+    assert [r.name for r in named.programs] == ["merge-conv-chain"]
+    assert strategy_of(named.name) == named
     with pytest.raises(BudgetError, match="there is no strategy 'nonsense'"):
-        Strategy.parse(["nonsense"])
-    with pytest.raises(BudgetError, match="'balanced-skip' needs the transform 'drop'"):
+        strategy_of(["nonsense"])
+    with pytest.raises(BudgetError, match="needs the transform 'drop'"):
         lamina.optimize("absent.onnx", "drop<=1%", strategy="balanced-skip", transforms=["quantize"])
-    with pytest.raises(BudgetError, match="'conv-merge-two-stage-dp' needs the transform 'merge-conv-chain'"):
+    with pytest.raises(BudgetError, match="needs the transform 'merge-conv-chain'"):
         lamina.optimize("absent.onnx", "drop<=1%", strategy="conv-merge-two-stage-dp", transforms=["drop"])
 
 

@@ -39,7 +39,7 @@ from lamina.planner.request import Request
 from lamina.planner.rule_seeds import RuleSeeds
 from lamina.planner.search import Goal, Search
 from lamina.planner.space import Genome
-from lamina.planner.strategy import Strategy, rule_seeds
+from lamina.planner.strategy import rule_seeds, strategy_of
 from lamina.planner.timing import Stopwatch
 from lamina.progress import Progress
 from lamina.quality import damage_interval, get_metric
@@ -73,7 +73,7 @@ class Ready:
     evaluator: Evaluator
     damage: list[list[float]]
     builder: Builder
-    seeds: RuleSeeds | None
+    seeds: RuleSeeds
     judge: Judge
     _scored: dict[tuple[Genome, bool], Judged] = field(default_factory=dict)
 
@@ -93,8 +93,8 @@ class Ready:
             )
 
         yield MIX, lambda i, gene: True, self.seeds  # first: what it measures must not be known already
-        for walk in self.seeds.walks if self.seeds is not None else ():
-            yield walk.rule.name, None, self.seeds.alone(walk.rule.name) if self.seeds else None
+        for walk in self.seeds.walks:
+            yield walk.rule.name, None, self.seeds.alone(walk.rule.name)
         for transform in self.request.transforms:
             if any(c.transform.name == transform for c in choices):
                 yield f"{transform} alone", uses(transform), None
@@ -168,7 +168,7 @@ def made_ready(case: Case, request: Request, stopwatch: Stopwatch, report_sample
     referee = Referee(program, [few_samples(request)])
     folded, _ = proven_folds(request, stopwatch, referee)
     referee.caches = cache_ports(folded.program)
-    prepared = prepare(request, folded, stopwatch, referee, Strategy().chains)
+    prepared = prepare(request, folded, stopwatch, referee, strategy_of(request.strategy).programs)
     evaluator, damage = sensitivity(request, prepared)
     report = evenly(request.splits.report, report_samples or request.splits.report.samples)
     judge = Judge(program, report, metric, get_metric(metric.divergence, program))
