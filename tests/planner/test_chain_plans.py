@@ -16,8 +16,8 @@ from lamina.ir.program import Program
 from lamina.passes.conv_chains import ConvChain, conv_chains
 from lamina.passes.merge_conv_chain import MergeConvChain, Tiling, partitions
 from lamina.planner.apply import apply_moves
-from lamina.planner.chain_dp import Way, joint
-from lamina.planner.chain_plans import CHAIN_RULES, ChainPlans, plan_chains
+from lamina.planner.chain_dp import ChainPlan, Span, Way, front, joint
+from lamina.planner.chain_plans import CHAIN_RULES, POINTS, ChainPlans, plan_chains
 from lamina.planner.chain_tables import ChainTable, plan_moves, span_keys
 from lamina.planner.space import Space, build_space
 from lamina.planner.supergraph import build_supergraph
@@ -64,33 +64,32 @@ def planned(request: pytest.FixtureRequest) -> tuple[Program, list[ChainTable], 
     return program, tables, plan_chains(tables, MergeConvChain(growth=1e9))
 
 
-def test_every_plan_is_a_genome_that_does_what_the_program_decided(planned):
+def test_plans_are_those_of_the_programs_over_all_chains_at_once(planned):
     program, tables, plans = planned
     space = space_with(program, plans)
-    row, start = {}, 0
+    row: dict[Span, list[Way]] = {}
+    start = 0
     for table in tables:
         for (first, last), ways in table.ways().items():
-            moved = [
-                Way(
-                    w.latency, w.damage, ((first + start, last + start),), tuple(i + start for i in w.without)
-                )
-                for w in ways
-            ]
-            row[first + start, last + start] = moved
+            span = first + start, last + start
+            row[span] = [Way(w.latency, w.damage, (span,), tuple(i + start for i in w.without)) for w in ways]
         start += len(table.chain.convs)
-    budget = 0.55 * start
-    best = joint(start, row, budget)
-    assert best is not None
-    sizes = set()
     for rule in CHAIN_RULES:
-        found = list(plans.genomes(rule.name, space))
-        assert found
-        for _, genome in found:
+        best = [p for p in front(start, rule.ways(start, row), points=POINTS) if changes(p)]
+        genomes = [genome for _, genome in plans.genomes(rule.name, space)]
+        assert len(genomes) == len(best) > 1
+        for plan, genome in zip(best, genomes, strict=True):
             assert genome is not None
             assert genome == space.canonical(genome)
             finished = apply_moves(program, space.moves(genome))
-            sizes.add(sum(n.op_type == "Conv" for n in finished.graph))
-    assert min(sizes) < 10  # something is merged or dropped
+            left = [m for w in plan.ways for m in w.merges if set(range(m[0], m[1] + 1)) - set(w.without)]
+            assert sum(n.op_type == "Conv" for n in finished.graph) == len(left) < start
+
+
+def changes(plan: ChainPlan) -> bool:
+    return any(first < last for way in plan.ways for first, last in way.merges) or any(
+        way.without for way in plan.ways
+    )
 
 
 def test_a_genome_computes_what_the_moves_of_the_plan_do():
