@@ -58,7 +58,8 @@ class RuleSeeds:
     Args:
         rules: Where the plans come from.
         space: The search space.
-        share: Share of the search's time after which no more is measured; at least 0.3 of it are theirs.
+        share: Share of the search's time after which no more is measured but one plan of every rule that is
+            not greedy; at least 0.3 of it are theirs.
     """
 
     def __init__(self, rules: Sequence[Source], space: Space, *, share: float = SHARE) -> None:
@@ -181,7 +182,8 @@ class RuleSeeds:
         return search.costs.predict(genome)[goal.minimize] >= best.objective(goal)
 
     def _late(self, walk: _Walk, search: Search) -> bool:
-        if search.elapsed() > self._until:
+        first = not walk.measured and not walk.rule.greedy  # that much is owed to every rule
+        if search.elapsed() > self._until and not first:
             walk.ended = "out of time"
             return True
         return False

@@ -39,8 +39,8 @@ from lamina.quality.divergence import Divergence
 SEARCH = "search"
 # Share of the search's time that the steps of one greedy rule are meant to fit in.
 _GREEDY = 0.2
-# Batches of selection samples such a step looks at.
-_BATCHES = 8
+# Selection samples such a step looks at: at most so many batches, at least so many samples.
+_BATCHES, _LEAST = 8, 8
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,16 @@ def _measured(
 
 
 def _probe(request: Request, evaluator: Evaluator, branches: int) -> Dataset:
-    """As many selection samples as let a greedy rule drop a quarter of the branches in its share of time."""
+    """As many selection samples as let a greedy rule drop a quarter of the branches in its share of time.
+
+    Few samples of every branch rank better than none of most: greedy rules must get somewhere.
+    """
     selection = evaluator.selection
-    per_batch = evaluator.run_seconds / max(evaluator.runs, 1)
-    steps = max(branches * branches / 4, 1)
-    batches = int(np.clip(_GREEDY * request.seconds / max(per_batch * steps, 1e-9), 1, _BATCHES))
     step = selection.fixed_batch or max(1, selection.batch_size // selection.group)
-    return selection.rows(slice(0, min(batches * step, selection.samples)))
+    per_sample = evaluator.run_seconds / max(evaluator.runs, 1) / step
+    steps = max(branches * branches / 4, 1)
+    fit = _GREEDY * request.seconds / max(per_sample * steps, 1e-9)
+    samples = int(np.clip(fit, _LEAST, _BATCHES * step))
+    if selection.fixed_batch:
+        samples = max(1, samples // step) * step
+    return selection.rows(slice(0, min(samples, selection.samples)))

@@ -122,6 +122,28 @@ def test_a_rule_alone_drops_as_many_as_the_bound_allows(seed):
     assert sum(found.genome) == int(fits.sum())
 
 
+def test_without_time_one_plan_of_every_rule_is_measured_and_may_win():
+    space = space_of(0)
+    costs, _ = random_costs(space, 0)
+    judge = Judge(space, 0)
+    names = [c.site.name for c in space.choices]
+    best = min(range(len(names)), key=lambda i: judge.single[i])
+    costs.delta = {**costs.delta, "latency": [[-0.01] for _ in names]}
+    judge.pairs = np.triu(
+        np.full_like(judge.pairs, 10.0), 1
+    )  # any two branches are a disaster, which sums of damages do not show
+    rules = [listed(f"from {i}", [*names[i:], *names[:i]]) for i in range(len(names))]
+    goal = Goal("damage", {"latency": costs.predict(space.nothing)["latency"] * 0.999})
+    seeds = RuleSeeds(drop_sources(rules, DropEvidence(()), space), space)
+    search = Search(costs, [[1.0]] * len(names), judge, goal, seconds=1e-9, seeds=seeds)  # type: ignore[arg-type]
+    search.run()
+    told = {row["rule"]: row for row in seeds.report()}
+    assert all(row["measured"] == 1 for row in told.values())
+    found = search.best()
+    assert found is not None
+    assert found.score.damage <= judge.single[best] + 1e-12
+
+
 def test_a_rule_that_cannot_work_costs_its_plans_only():
     space = space_of(0)
     costs, damage = random_costs(space, 0)

@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from lamina.planner.rule_seeds import RuleSeeds
 from lamina.planner.search import Goal, Search
 from lamina.planner.space import Genome
 from lamina.planner.strategy import rule_seeds, strategy_of
-from lamina.planner.timing import Stopwatch
+from lamina.planner.timing import Relative, Stopwatch
 from lamina.progress import Progress
 from lamina.quality import damage_interval, get_metric
 from lamina.workload import parse_workload
@@ -75,7 +75,8 @@ class Ready:
     builder: Builder
     seeds: RuleSeeds
     judge: Judge
-    _scored: dict[tuple[Genome, bool], Judged] = field(default_factory=dict)
+    _scored: dict[tuple[Genome, bool], tuple[Judged, dict[str, Any]]] = field(default_factory=dict)
+    _apart: dict[tuple[Genome, Genome], list[float]] = field(default_factory=dict)
 
     @property
     def kinds(self) -> list[str]:
@@ -133,12 +134,24 @@ class Ready:
         ]
         return min(fit, key=lambda f: f.candidate.objective(search.goal), default=None)
 
-    def judged(self, finalist: Finalist, *, mended: bool) -> Judged:
-        """Scores on report samples."""
+    def judged(self, finalist: Finalist, *, mended: bool = False) -> tuple[Judged, dict[str, Any]]:
+        """Scores on report samples, and what is said of them."""
         key = (finalist.candidate.genome, mended)
         if key not in self._scored:
-            self._scored[key] = self.judge(finalist.realized.program)
+            found = self.judge(finalist.realized.program)
+            self._scored[key] = found, self.judge.report(found)
         return self._scored[key]
+
+    def difference(self, before: Finalist, after: Finalist) -> list[float]:
+        """Damage of the second plan with the first as the original: the difference and its 95 % interval."""
+        key = (before.candidate.genome, after.candidate.genome)
+        if key not in self._apart:
+            metric = self.judge.metric
+            first, second = (self.judged(f)[0].metric for f in (before, after))
+            middle = metric.damage(metric.score(first), metric.score(second))
+            spread = damage_interval(metric, first, second) or (float("nan"), float("nan"))
+            self._apart[key] = [middle, *spread]
+        return self._apart[key]
 
 
 def asked(case: Case, seconds: float, transforms: Sequence[str]) -> Request:
@@ -177,8 +190,8 @@ def made_ready(case: Case, request: Request, stopwatch: Stopwatch, report_sample
     return Ready(case, request, prepared, evaluator, damage, builder, seeds, judge)
 
 
-def contest(ready: Ready, options: argparse.Namespace, tell: Tell) -> dict[str, Any]:
-    """All shares of one model."""
+def contest(ready: Ready, options: argparse.Namespace, tell: Tell) -> Iterator[dict[str, Any]]:
+    """All shares of one model; then again after every plan that was compensated."""
     base = ready.prepared.costs.base["latency"]
     levels = []
     for share in options.shares:
@@ -192,7 +205,20 @@ def contest(ready: Ready, options: argparse.Namespace, tell: Tell) -> dict[str, 
         ready.builder.finish(list(first.values()), seconds=1.0 * (len(first) + 1))
         shortlist(ready.builder, searches[MIX])
         levels.append((share, level, {name: ready.chosen(s, level) for name, s in searches.items()}))
-    return _scored(ready, levels, options, tell)
+    unique = {f.candidate.genome: f for _, _, found in levels for f in found.values() if f is not None}
+    models = [f.realized.program.model for f in unique.values()]
+    seconds = options.timing * (len(models) + 1)
+    times = ready.builder.stopwatch.compare(models, seconds=seconds) if models else []
+    latency = dict(zip(unique, times, strict=True))
+    yield _scored(ready, levels, latency, {})
+    mended: dict[Genome, Finalist] = {}
+    patient = replace(ready.request, seconds=options.mend / MEND_SHARE)
+    mixes = [found[MIX] for _, _, found in levels]
+    ordered = sorted(unique.values(), key=lambda f: (f not in mixes, f.candidate.score.damage))
+    for finalist in ordered if options.mend else ():  # the planner's first, then the least damaging
+        mended[finalist.candidate.genome] = mend(patient, ready.builder, finalist)
+        tell(f"{ready.case.name}: compensated {len(mended)} of {len(unique)}")
+        yield _scored(ready, levels, latency, mended)
 
 
 def _feasible(search: Search) -> list[Any]:
@@ -202,40 +228,28 @@ def _feasible(search: Search) -> list[Any]:
 def _scored(
     ready: Ready,
     levels: Sequence[tuple[float, float, dict[str, Finalist | None]]],
-    options: argparse.Namespace,
-    tell: Tell,
+    latency: Mapping[Genome, Relative],
+    mended: Mapping[Genome, Finalist],
 ) -> dict[str, Any]:
-    """Time every chosen plan once more, all in alternation; score it bare and compensated."""
-    unique = {f.candidate.genome: f for _, _, found in levels for f in found.values() if f is not None}
-    models = [f.realized.program.model for f in unique.values()]
-    times = (
-        ready.builder.stopwatch.compare(models, seconds=options.timing * (len(models) + 1)) if models else []
-    )
-    latency = dict(zip(unique, times, strict=True))
-    mended = {}
-    patient = replace(ready.request, seconds=options.mend / MEND_SHARE)
-    for genome, finalist in unique.items() if options.mend else ():
-        mended[genome] = mend(patient, ready.builder, finalist)
-        tell(f"{ready.case.name}: compensated {len(mended)} of {len(unique)}")
+    """What is known of every chosen plan, bare and compensated, on report samples."""
     rows = []
     for share, level, found in levels:
-        plans = []
+        plans: list[dict[str, Any]] = []
+        mix = found[MIX]
         for name, finalist in found.items():
             if finalist is None:
                 plans.append({"name": name, "plan": None})
                 continue
             genome = finalist.candidate.genome
-            plan = {"name": name, "plan": _facts(ready, finalist, latency[genome])}
+            facts = _facts(ready, finalist, latency[genome])
             if genome in mended and mended[genome] is not finalist:
-                score = ready.judged(mended[genome], mended=True)
-                plan["plan"]["compensated"] = ready.judge.report(score)  # type: ignore[index]
-            if found[MIX] is not None:
-                plan["planner_minus"] = _difference(ready, finalist, found[MIX])
-            plans.append(plan)
+                facts["compensated"] = ready.judged(mended[genome], mended=True)[1]
+            apart = None if mix is None else ready.difference(finalist, mix)
+            plans.append({"name": name, "plan": facts, "planner_minus": apart})
         claims = [
-            {"first": a, "second": b, "first_minus_second": _difference(ready, found[b], found[a])}
+            {"first": a, "second": b, "first_minus_second": ready.difference(second, first)}
             for a, b in PAIRS
-            if found.get(a) is not None and found.get(b) is not None
+            if (first := found.get(a)) is not None and (second := found.get(b)) is not None
         ]
         rows.append({"share": share, "level": level, "plans": plans, "claims": claims})
     return {
@@ -255,19 +269,8 @@ def _scored(
     }
 
 
-def _difference(ready: Ready, before: Finalist | None, after: Finalist | None) -> list[float] | None:
-    """Damage of the second plan with the first as the original: the difference and its 95 % interval."""
-    if before is None or after is None:
-        return None
-    metric = ready.judge.metric
-    first, second = (ready.judged(f, mended=False).metric for f in (before, after))
-    middle = metric.damage(metric.score(first), metric.score(second))
-    interval = damage_interval(metric, first, second) or (float("nan"), float("nan"))
-    return [middle, *interval]
-
-
-def _facts(ready: Ready, finalist: Finalist, relative: Any) -> dict[str, Any]:
-    score = ready.judge.report(ready.judged(finalist, mended=False))
+def _facts(ready: Ready, finalist: Finalist, relative: Relative) -> dict[str, Any]:
+    score = ready.judged(finalist)[1]
     moves = finalist.realized.plan.moves
     return score | {
         "latency": relative.ratio,
@@ -315,8 +318,10 @@ def main() -> None:
         timed = request.backend, TARGET, request.workload, request.program.model
         with tempfile.TemporaryDirectory() as folder, Stopwatch(*timed, Path(folder)) as stopwatch:
             ready = made_ready(case, request, stopwatch, options.report_samples)
-            done.append(contest(ready, options, lambda note: print(note, flush=True)))
-        options.out.write_text(json.dumps(done, indent=1))
+            found: dict[str, Any] = {}
+            for found in contest(ready, options, lambda note: print(note, flush=True)):
+                options.out.write_text(json.dumps([*done, found], indent=1))
+            done.append(found)
 
 
 if __name__ == "__main__":
