@@ -15,7 +15,8 @@ from lamina.planner.space import Genome, Space
 # at least, however long the seeds before them took.
 SHARE = 0.5
 _LEAST_SHARE = 0.3
-# Plans past the last feasible one that a greedy rule still makes: damage does not only grow.
+# Plans past the last feasible one that a greedy rule still makes: damage does not only grow. So many plans of
+# any other rule are measured whatever the time.
 _PATIENCE = 2
 # How much a plan takes (branches gone, ticks saved), and the plan; None where the space does not hold it.
 Step = tuple[float, Genome | None]
@@ -45,6 +46,7 @@ class _Walk:
     source: Iterator[Step] | None = None
     made: list[Step] | None = None
     measured: int = 0
+    lately: int = 0  # since the search (re)started
     best: Candidate | None = None
     ended: str = ""
 
@@ -58,7 +60,7 @@ class RuleSeeds:
     Args:
         rules: Where the plans come from.
         space: The search space.
-        share: Share of the search's time after which no more is measured but one plan of every rule that is
+        share: Share of the search's time after which no more is measured but two plans of every rule that is
             not greedy; at least 0.3 of it are theirs.
     """
 
@@ -108,7 +110,7 @@ class RuleSeeds:
     # -- one rule -----------------------------------------------------------------------------------
 
     def _walk(self, walk: _Walk, search: Search) -> None:
-        walk.ended, walk.best = "", None
+        walk.ended, walk.best, walk.lately = "", None, 0
         if walk.rule.greedy:
             self._forward(walk, search)
             return
@@ -162,6 +164,7 @@ class RuleSeeds:
             return False
         candidate = search.measure(genome)
         walk.measured += 1
+        walk.lately += 1
         if candidate is None or not candidate.feasible(search.goal):
             return False
         goal = search.goal
@@ -182,8 +185,8 @@ class RuleSeeds:
         return search.costs.predict(genome)[goal.minimize] >= best.objective(goal)
 
     def _late(self, walk: _Walk, search: Search) -> bool:
-        first = not walk.measured and not walk.rule.greedy  # that much is owed to every rule
-        if search.elapsed() > self._until and not first:
+        owed = not walk.rule.greedy and walk.lately < _PATIENCE
+        if search.elapsed() > self._until and not owed:
             walk.ended = "out of time"
             return True
         return False
