@@ -60,7 +60,8 @@ class Strategy:
     @property
     def name(self) -> str:
         """``search``, or the names with commas between."""
-        return SEARCH if self.search else ",".join(rule.name for rule in (*self.rules, *self.programs))
+        names = [rule.name for rule in self.rules] + [program.name for program in self.programs]
+        return SEARCH if self.search else ",".join(names)
 
     def check(self, transforms: Collection[str]) -> None:
         """Raise where a named rule could propose nothing.
