@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.ir.program import Program
 from lamina.passes.conv_chains import conv_chains
 from lamina.passes.merge_conv_chain import MergeConvChain
+from lamina.passes.pass_ import Transform
+from lamina.planner.blame import Undone, reason_of
 from lamina.planner.chain_plans import ChainPlans, ChainRule, plan_chains
 from lamina.planner.chain_tables import chain_tables, span_keys
 from lamina.planner.prices import Prices
@@ -19,6 +22,35 @@ from lamina.quality import get_metric
 
 # Longest spans that are measured, tried in turn until they fit the time.
 LONGEST = (4, 3, 2)
+
+
+def with_chain_plans(
+    request: Request,
+    program: Program,
+    transforms: Sequence[Transform],
+    rules: Sequence[ChainRule],
+    told: list[Undone],
+) -> tuple[list[Transform], ChainPlans]:
+    """The transforms, merges planned over whole chains among their options; and the plans.
+
+    Args:
+        request: What was asked for.
+        program: The folded program.
+        transforms: Transforms to use.
+        rules: The programs to solve; without any, or without merge-conv-chain, nothing is measured.
+        told: Receives what went wrong, if anything.
+    """
+    merge = next((t for t in transforms if isinstance(t, MergeConvChain)), None)
+    if merge is None or not rules:
+        return list(transforms), ChainPlans({})
+    try:
+        plans = measured_plans(request, program, merge, rules)
+    except Exception as error:  # a bug in a transform costs its moves, not the run
+        reason = reason_of(error)
+        told.append({"pass": merge.name, "where": "plans over whole chains", "reason": reason})
+        return list(transforms), ChainPlans({}, reason)
+    planned = replace(merge, planned=plans.tilings)
+    return [planned if t is merge else t for t in transforms], plans
 
 
 def measured_plans(

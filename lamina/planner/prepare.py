@@ -19,11 +19,10 @@ from lamina.ir.io import serialized_size
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
-from lamina.passes.merge_conv_chain import MergeConvChain
 from lamina.passes.pass_ import Site, Transform
 from lamina.passes.replace_branch import ReplaceBranch
-from lamina.planner.blame import Undone, blame_space, reason_of, undone
-from lamina.planner.chain_measure import measured_plans
+from lamina.planner.blame import Undone, blame_space, undone
+from lamina.planner.chain_measure import with_chain_plans
 from lamina.planner.chain_plans import ChainPlans, ChainRule
 from lamina.planner.costs import Costs, fit_scales
 from lamina.planner.evaluator import Evaluator
@@ -94,7 +93,7 @@ def prepare(
     transforms = [get_transform(name) for name in request.transforms]
     told: list[Undone] = []
     with progress.stage("analyze"):
-        transforms, chains = _with_chain_plans(request, program, transforms, chain_rules, told)
+        transforms, chains = with_chain_plans(request, program, transforms, chain_rules, told)
         sites = [s for t in transforms for s in t.sites(program) if isinstance(s, Site)]
         wanted = sorted(
             {v for s in sites if not get_transform(s.transform).removes_site for v in (*s.inputs, *s.outputs)}
@@ -147,27 +146,6 @@ def _priced(
     prepared = Prepared(folded, plan, statistics, costs, original_cost, referee, undone=told)
     _measure_groups(request, prepared, stopwatch)
     return prepared
-
-
-def _with_chain_plans(
-    request: Request,
-    program: Program,
-    transforms: Sequence[Transform],
-    rules: Sequence[ChainRule],
-    told: list[Undone],
-) -> tuple[list[Transform], ChainPlans]:
-    """The transforms, merges planned over whole chains among their options; and the plans."""
-    merge = next((t for t in transforms if isinstance(t, MergeConvChain)), None)
-    if merge is None or not rules:
-        return list(transforms), ChainPlans({})
-    try:
-        plans = measured_plans(request, program, merge, rules)
-    except Exception as error:  # a bug in a transform costs its moves, not the run
-        reason = reason_of(error)
-        told.append({"pass": merge.name, "where": "plans over whole chains", "reason": reason})
-        return list(transforms), ChainPlans({}, reason)
-    planned = replace(merge, planned=plans.tilings)
-    return [planned if t is merge else t for t in transforms], plans
 
 
 def with_matches(
