@@ -49,7 +49,7 @@ def optimize(
     target: Target = "ort:cpu",
     workload: Workload = None,
     transforms: Annotated[
-        str | None, typer.Option(help="comma-separated, e.g. drop,quantize; default all")
+        str | None, typer.Option(help="comma-separated, e.g. drop,quantize; default all but share")
     ] = None,
     minimize: Annotated[str | None, typer.Option(help="latency, size, flops, memory or damage")] = None,
     strategy: Annotated[

@@ -18,7 +18,7 @@ from lamina.errors import BackendError, PassError, UnsupportedOperator, Verifica
 from lamina.ir.branches import cache_ports
 from lamina.ir.capture import capture
 from lamina.ir.program import Program
-from lamina.passes import get_transform, transform_names
+from lamina.passes import default_transforms, get_transform
 from lamina.passes.fold.catalog import load
 from lamina.planner.blame import describe
 from lamina.planner.builder import Builder
@@ -78,7 +78,7 @@ def optimize(
             divergence.
         target: ``ort:cpu?threads=2``, ``tvm:llvm?threads=2``.
         workload: Shapes that matter, ``"1x128@0.2; 1x1@0.8"``. None: batch 1.
-        transforms: Names of transforms to use; all by default.
+        transforms: Names of transforms to use; by default all but ``share``.
         minimize: Overrides what is minimized: ``latency``, ``size``, ``flops``, ``memory`` or ``damage``.
         strategy: None or ``"search"``: the plans of every rule, and search from there. One or several names
             of rules: the best of their plans, which only drop branches (``"greedy-output-divergence"``,
@@ -106,7 +106,7 @@ def optimize(
         objective = limits.objective(minimize)
         aim = Target.parse(target)
         backend = get_backend(aim)
-        names = tuple(transforms) if transforms is not None else transform_names()
+        names = tuple(transforms) if transforms is not None else default_transforms()
         for name in names:
             get_transform(name)
         plans_from = strategy_of(strategy)

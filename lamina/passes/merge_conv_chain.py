@@ -78,7 +78,7 @@ class MergeConvChain(Transform):
     planned: tuple[Tiling, ...] = ()
 
     paper: ClassVar[str] = "arXiv:2406.12837"
-    axes: ClassVar[tuple[str, ...]] = ("latency", "size", "flops")
+    axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory", "flops")
     needs: ClassVar[frozenset[Need]] = frozenset()
     name: ClassVar[str] = "merge-conv-chain"
     removes_site: ClassVar[bool] = True

@@ -11,6 +11,7 @@ from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.passes.compensate import compensate
 from lamina.passes.merge_conv_chain import MergeConvChain
+from lamina.passes.share import Share
 from lamina.planner.apply import removes
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.plan import Move
@@ -111,7 +112,8 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
     made = {v.name or "" for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
     for move in moves:
-        if not removes(move) or len(move.site.outputs) != 1 or move.site.transform == MergeConvChain.name:
+        keeps = move.site.transform in (MergeConvChain.name, Share.name)  # a computation, not the skip
+        if not removes(move) or len(move.site.outputs) != 1 or keeps:
             continue
         instead = f"{move.site.nodes[-1]}_matched_bias_out"
         skip = instead if instead in made else move.site.inputs[0]

@@ -75,7 +75,7 @@ class Plan:
             moves = tuple(
                 Move(
                     site=_site(m["site"]),
-                    option=Option(**m["option"]),
+                    option=_option(m["option"]),
                     reason=m["reason"],
                     latency_s=m["latency_s"],
                     damage=m["damage"],
@@ -93,6 +93,10 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LaminaError(f"not a lamina plan: {error}", advice="give a result's plan.json") from error
+
+
+def _option(raw: Mapping[str, Any]) -> Option:
+    return Option(**{**raw, "borrows": tuple(raw.get("borrows", ()))})
 
 
 def _site(raw: Mapping[str, Any]) -> Site:

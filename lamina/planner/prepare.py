@@ -30,7 +30,7 @@ from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs, shared_costs
-from lamina.planner.realize import Realized, realize
+from lamina.planner.realize import Realized, realize, statistics_of
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.shortlist import single_damages
@@ -90,7 +90,7 @@ def prepare(
         chain_rules: Dynamic programs whose plans become options of merge-conv-chain.
     """
     progress, program = request.progress, folded.program
-    transforms = [get_transform(name) for name in request.transforms]
+    transforms = useful_transforms(request)
     told: list[Undone] = []
     with progress.stage("analyze"):
         transforms, chains = with_chain_plans(request, program, transforms, chain_rules, told)
@@ -102,6 +102,7 @@ def prepare(
             program,
             calibration_rows(request),
             ranges=wanted,
+            needs=statistics_of(t.name for t in transforms),
             progress=lambda done, total: progress.update("analyze", done, total),
         )
         statistics = with_matches(request, program, transforms, statistics)
@@ -146,6 +147,20 @@ def _priced(
     prepared = Prepared(folded, plan, statistics, costs, original_cost, referee, undone=told)
     _measure_groups(request, prepared, stopwatch)
     return prepared
+
+
+def useful_transforms(request: Request) -> list[Transform]:
+    """The transforms of a request that move any of the costs it names.
+
+    What moves none would only make statistics, prices and supergraph dearer.
+    """
+    every = [get_transform(name) for name in request.transforms]
+    return [t for t in every if axes_of(request) & set(t.axes)]
+
+
+def axes_of(request: Request) -> set[str]:
+    """The costs that the request bounds or minimizes."""
+    return {request.minimize, *(b.axis for b in request.budget.costs)}
 
 
 def with_matches(
@@ -199,7 +214,6 @@ def selection_rows(request: Request, supergraph: Supergraph) -> Dataset:
 
 def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch) -> tuple[Costs, CostResult]:
     program, workload = folded.program, request.workload
-    axes = {request.minimize, *(b.axis for b in request.budget.costs)}
     shapes = {case.name: observed_shapes(program, case.feeds) for case in workload}
     heaviest = max(workload, key=lambda c: sum(a.size for a in c.feeds.values()))
     program_cost = cost(program, heaviest.feeds)
@@ -215,7 +229,7 @@ def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch)
         costs = build_costs(space, prices, workload, shapes, base, stopwatch.baseline_s, flops)
     else:
         costs = shared_costs(space, base, flops)
-    return costs.restrict(axes), original_cost
+    return costs.restrict(axes_of(request)), original_cost
 
 
 def group_genomes(space: Space) -> list[Genome]:

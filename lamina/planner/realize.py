@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lamina.analysis.needs import Need
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends.backend import Target
 from lamina.data import Dataset
@@ -59,13 +60,24 @@ def reproduce(captured: Program, plan: Plan) -> Program:
     return apply_named(program, plan.finishing)
 
 
+# What a transform needs -> the statistic of the calibration run that is.
+_COLLECTED: Mapping[str, Need] = {"inputs": Need.INPUTS, "vectors": Need.VECTORS}
+
+
+def statistics_of(transforms: Iterable[str]) -> tuple[Need, ...]:
+    """What a calibration run collects for these transforms besides ranges."""
+    wanted = {need for name in transforms for need in get_transform(name).needs}
+    return tuple(need for text, need in _COLLECTED.items() if text in wanted)
+
+
 def _recalibrate(program: Program, moves: Sequence[Move], calibration: Dataset, target: Target) -> list[Move]:
     needing = [m for m in moves if "ranges" in get_transform(m.site.transform).needs]
     if not needing:
         return list(moves)
+    names = sorted({m.site.transform for m in needing})
     sites = {
         (name, site.name): site
-        for name in sorted({m.site.transform for m in needing})
+        for name in names
         for site in get_transform(name).sites(program)
         if isinstance(site, Site)
     }
@@ -73,7 +85,7 @@ def _recalibrate(program: Program, moves: Sequence[Move], calibration: Dataset, 
         sites[m.site.transform, m.site.name] for m in needing if (m.site.transform, m.site.name) in sites
     ]
     wanted = sorted({v for site in found for v in (*site.inputs, *site.outputs)})
-    statistics = collect(program, calibration, ranges=wanted)
+    statistics = collect(program, calibration, ranges=wanted, needs=statistics_of(names))
     renewed = []
     for move in moves:
         site = sites.get((move.site.transform, move.site.name))
