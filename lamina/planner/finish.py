@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -28,15 +28,19 @@ LOOKS = 5
 TIGHTER = (0.5, 0.85)
 
 
-def shortlist(builder: Builder, candidates: Sequence[Candidate], goal: Goal) -> None:
+def shortlist(builder: Builder, search: Search) -> None:
     """Time the best predicted candidates, correct the prices by what was seen, look again.
+
+    The best plans of rules are timed too, whatever is predicted of them: what is returned is no worse than
+    these as measured.
 
     Args:
         builder: Builds, times, and keeps what was.
-        candidates: Measured on selection data.
-        goal: What the search was after.
+        search: Its candidates were measured on selection data.
     """
-    costs = builder.prepared.costs
+    costs, goal, candidates = builder.prepared.costs, search.goal, search.ranked()
+    favourites = [c for c in candidates if c.genome in search.favourites and c.feasible(goal)]
+    builder.finish(favourites[:BUILDS], seconds=1.5 * (BUILDS + 1))
     for _ in range(ROUNDS):
         feasible = [c for c in candidates if c.feasible(goal) and builder.usable(c.genome)]
         fresh = sorted(feasible, key=lambda c: _predicted(c, costs.predict(c.genome), goal))
@@ -69,11 +73,11 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         InfeasibleBudget: None does; carries the nearest plans.
     """
     allowed = search.goal.allowed_damage
-    shortlist(builder, search.ranked(), search.goal)
+    shortlist(builder, search)
     for _ in range(LOOKS):
         if not (correct_size(request, builder, search) or look_elsewhere(builder, search)):
             break
-        shortlist(builder, search.ranked(), search.goal)
+        shortlist(builder, search)
     reach(request, builder, search)
     goal = search.goal
     limit, failed = float("inf"), None

@@ -24,7 +24,7 @@ from lamina.planner.selection import damages
 from lamina.quality import get_metric
 
 # Share of the search's time that all compensation may take.
-_SHARE = 0.5
+MEND_SHARE = 0.5
 # Plans that miss the drop bound are compensated up to so many times it, and so many of them.
 _REACH = 3.0
 _TRIES = 2
@@ -53,7 +53,7 @@ def mend(
         part: Share of the time that is left.
     """
     genome, realized = finalist.candidate.genome, finalist.realized
-    seconds = part * (_SHARE * request.seconds - sum(m.seconds for m in builder.mended.values()))
+    seconds = part * (MEND_SHARE * request.seconds - sum(m.seconds for m in builder.mended.values()))
     if not realized.plan.moves or genome in builder.mended or seconds <= 0:
         return finalist
     original, start = builder.prepared.folded.program, time.perf_counter()

@@ -18,6 +18,8 @@ from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
 from lamina.passes.pass_ import Site, Transform
 from lamina.planner.blame import Undone, blame_space, undone
+from lamina.planner.chain_measure import with_chain_plans
+from lamina.planner.chain_plans import ChainPlans, ChainRule
 from lamina.planner.costs import Costs, fit_scales
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.forms import Folded
@@ -53,6 +55,7 @@ class Prepared:
         referee: Holds what is built against the original.
         whole: Genome -> latency ratio measured on the finished model.
         undone: What was left out because it broke: pass, place and reason.
+        chains: Plans of the dynamic programs over chains of convolutions, where these were asked for.
     """
 
     folded: Folded
@@ -63,13 +66,30 @@ class Prepared:
     referee: Referee
     whole: dict[Genome, float] = field(default_factory=dict)
     undone: list[Undone] = field(default_factory=list)
+    chains: ChainPlans = field(default_factory=lambda: ChainPlans({}))
 
 
-def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Referee) -> Prepared:
-    """Run every analysis the search needs; options that cannot be applied are left out, and told."""
+def prepare(
+    request: Request,
+    folded: Folded,
+    stopwatch: Stopwatch,
+    referee: Referee,
+    chain_rules: Sequence[ChainRule] = (),
+) -> Prepared:
+    """Run every analysis the search needs; options that cannot be applied are left out, and told.
+
+    Args:
+        request: What was asked for.
+        folded: The program the sites belong to.
+        stopwatch: Times whole models.
+        referee: Holds what is built against the original.
+        chain_rules: Dynamic programs whose plans become options of merge-conv-chain.
+    """
     progress, program = request.progress, folded.program
     transforms = useful_transforms(request)
+    told: list[Undone] = []
     with progress.stage("analyze"):
+        transforms, chains = with_chain_plans(request, program, transforms, chain_rules, told)
         sites = [s for t in transforms for s in t.sites(program) if isinstance(s, Site)]
         wanted = sorted(
             {v for s in sites if not get_transform(s.transform).removes_site for v in (*s.inputs, *s.outputs)}
@@ -84,11 +104,11 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Ref
         for transform in transforms:
             statistics = transform.collect(program, request.splits.calibration, statistics)
         space = build_space(program, transforms, statistics, request.target)
-    told: list[Undone] = []
     with progress.stage("price"):
         while True:
             try:
-                return _priced(request, folded, space, statistics, stopwatch, referee, told)
+                prepared = _priced(request, folded, space, statistics, stopwatch, referee, told)
+                return replace(prepared, chains=chains)
             except Exception as error:  # a bug in a transform costs its moves, not the run
                 space = sound(space, referee, error, told)
 
@@ -97,7 +117,8 @@ def reprepare(request: Request, prepared: Prepared, stopwatch: Stopwatch, error:
     """Price anew without the options that are to blame for ``error``; raises it where none is."""
     space = sound(prepared.costs.space, prepared.referee, error, prepared.undone)
     kept = prepared.folded, space, prepared.statistics
-    return _priced(request, *kept, stopwatch, prepared.referee, prepared.undone)
+    again = _priced(request, *kept, stopwatch, prepared.referee, prepared.undone)
+    return replace(again, chains=prepared.chains)
 
 
 def sound(space: Space, referee: Referee, error: Exception, told: list[Undone]) -> Space:
