@@ -11,7 +11,7 @@ import numpy as np
 
 from lamina.analysis.arena import share_arena
 from lamina.analysis.attention import AttentionStatistics
-from lamina.analysis.collector import Collector
+from lamina.analysis.collector import OF_OPERATORS, Collector
 from lamina.analysis.depths import DepthStatistics
 from lamina.analysis.inputs import InputStatistics
 from lamina.analysis.instrument import (
@@ -123,7 +123,7 @@ def collect(
     threads = threads or available_threads()
     mask = _mask_name(dataset, mask)
     look = looks or Looks()
-    observed = frozenset(needs) if branches or Need.INPUTS in needs else frozenset()
+    observed = frozenset(needs) if branches or OF_OPERATORS & set(needs) else frozenset()
     first = next(iter(batches.batches()))
     taken = Collector.of(program, first, branches, observed, look)
     range_sums = {name: RangeAccumulator() for name in dict.fromkeys(ranges)}

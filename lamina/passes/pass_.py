@@ -33,7 +33,7 @@ class Lossy:
 
 
 Effect = Exact | Rounding | Lossy
-Need = Literal["ranges", "branches", "matches", "channels"]
+Need = Literal["ranges", "inputs", "vectors", "branches", "matches", "channels"]
 Form = Literal["float", "int8"]
 
 
@@ -80,12 +80,15 @@ class Option:
         input_form: What the emitted nodes read at the site's borders: ``int8`` when a neighbour that emits
             the same quantized tensor spares the conversion.
         output_form: Likewise for what they write.
+        borrows: Names of initializers of other sites that the emitted nodes read: they stay in the file for
+            them, whatever becomes of those sites.
     """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     input_form: Form = "float"
     output_form: Form = "float"
+    borrows: tuple[str, ...] = ()
 
 
 def pass_name(cls: type) -> str:
@@ -128,6 +131,8 @@ class Transform:
     minimum_opset: ClassVar[int] = 13
     # Options that change how weights are kept in the file and nothing at run time: they never gain latency.
     storage_only: ClassVar[frozenset[str]] = frozenset()
+    # Options that run the site's own operators on other weights of their shapes: by definition as fast as it.
+    same_work: ClassVar[frozenset[str]] = frozenset()
     # Whether every option takes the site's nodes out, so that no other move inside it means anything.
     removes_site: ClassVar[bool] = False
 

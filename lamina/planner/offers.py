@@ -10,7 +10,7 @@ from lamina.analysis.statistics import Statistics, collect
 from lamina.backends.backend import Target
 from lamina.data import Dataset
 from lamina.ir.program import Program
-from lamina.passes import get_transform, transform_names
+from lamina.passes import default_transforms, get_transform
 from lamina.passes.fold import fold
 from lamina.passes.pass_ import Refusal, Site
 from lamina.planner.space import build_space
@@ -73,7 +73,7 @@ def offers(
         dataset: Calibration samples, of which a part gives ranges and fits. Without them there are no static
             quantized forms and no linear maps in place of branches.
         target: Options are offered for it.
-        transforms: Names of transforms; None: all.
+        transforms: Names of transforms; None: those a search uses by itself.
         progress: Called after each batch with rows done and in all.
 
     Raises:
@@ -81,7 +81,7 @@ def offers(
         DataError: The data does not fit.
         BackendError: ONNX Runtime refuses the program.
     """
-    chosen = [get_transform(name) for name in (transform_names() if transforms is None else transforms)]
+    chosen = [get_transform(name) for name in (default_transforms() if transforms is None else transforms)]
     folded, folds, _ = fold(program)
     statistics = Statistics(0)
     if dataset is not None:
