@@ -53,7 +53,8 @@ def optimize(
     ] = None,
     minimize: Annotated[str | None, typer.Option(help="latency, size, flops, memory or damage")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="search (default), or drop rules whose plans are all that is looked at")
+        str | None,
+        typer.Option(help="search (default), or rules and allocators: only their plans are looked at"),
     ] = None,
     seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 120.0,
     seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,

@@ -14,7 +14,7 @@ from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.budget import Budget
 from lamina.data import Splits, load_splits
-from lamina.errors import BackendError, BudgetError, PassError, UnsupportedOperator, VerificationError
+from lamina.errors import BackendError, PassError, UnsupportedOperator, VerificationError
 from lamina.ir.branches import cache_ports
 from lamina.ir.capture import capture
 from lamina.ir.program import Program
@@ -33,7 +33,7 @@ from lamina.planner.realize import reproduce
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.search import Search
-from lamina.planner.strategy import SEARCH, drop_seeds, rules_of
+from lamina.planner.strategy import seeds, strategy_of
 from lamina.planner.timing import Stopwatch
 from lamina.progress import Progress
 from lamina.quality import Metric, evaluate, get_metric
@@ -81,8 +81,9 @@ def optimize(
         transforms: Names of transforms to use; all by default.
         minimize: Overrides what is minimized: ``latency``, ``size``, ``flops``, ``memory`` or ``damage``.
         strategy: None or ``"search"``: the plans of every drop rule, and search from there. One or several
-            names of rules (``"greedy-output-divergence"``, :mod:`lamina.planner.drop_rules`): the best of
-            their plans, which only drop branches.
+            names of drop rules (``"greedy-output-divergence"``, :mod:`lamina.planner.drop_rules`) and
+            allocators of bits (``"bits-ilp"``, :mod:`lamina.planner.bits.allocators`): the best of their
+            plans, which only drop branches or only quantize.
         seconds: Time for measuring candidates (pricing, statistics and final timing come on top).
         seed: Of data splits and search.
         batch_size: Rows a run gets during evaluation.
@@ -108,12 +109,8 @@ def optimize(
         names = tuple(transforms) if transforms is not None else transform_names()
         for name in names:
             get_transform(name)
-        rules, only_rules = rules_of(strategy)
-        if only_rules and "drop" not in names:
-            raise BudgetError(
-                "a strategy of drop rules needs the transform 'drop'",
-                advice="add it to transforms, or leave them out",
-            )
+        plans_from = strategy_of(strategy)
+        plans_from.check(names)
         program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
         program.require_tensors()
         chosen = get_metric(metric, program)
@@ -133,7 +130,7 @@ def optimize(
             seconds=seconds,
             seed=seed,
             progress=progress,
-            strategy=",".join(rule.name for rule in rules) if only_rules else SEARCH,
+            strategy=plans_from.name,
         )
     with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
         return _optimize(request, Path(folder))
@@ -193,7 +190,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             builder = Builder(request, prepared, stopwatch)
             goal = make_goal(request, builder, evaluator.score(prepared.costs.space.nothing).value)
         with progress.stage("search"):
-            seeds = drop_seeds(request, prepared, evaluator, damage)
+            proposed = seeds(request, prepared, evaluator, damage)
             search = Search(
                 prepared.costs,
                 damage,
@@ -202,8 +199,8 @@ def _optimize(request: Request, folder: Path) -> Result:
                 seconds=request.seconds,
                 seed=request.seed,
                 report=lambda done, total, note: progress.update("search", int(done), int(total), note),
-                seeds=seeds,
-                only_seeds=request.strategy != SEARCH,
+                seeds=proposed,
+                only_seeds=not strategy_of(request.strategy).search,
             )
             search.run()
         with progress.stage("verify"):
@@ -211,7 +208,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             verdict = explained(verdict, builder, damage)
             candidates = search.ranked()
             found = evidence(request, builder, goal, verdict, final, candidates)
-    found["rules"] = [] if seeds is None else seeds.report()
+    found["rules"] = proposed.report()
     found["seconds"] = dict(progress.seconds)
     realized = verdict.finalist.realized
     return Result(realized.program, realized.plan, found, front(builder, candidates, goal))

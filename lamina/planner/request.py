@@ -30,7 +30,8 @@ class Request:
         seconds: Time for measuring candidates.
         seed: Of search and timing order.
         progress: Receives progress.
-        strategy: ``search``, or names of drop rules with commas between (:mod:`lamina.planner.strategy`).
+        strategy: ``search``, or names of rules and allocators with commas between
+            (:mod:`lamina.planner.strategy`).
     """
 
     program: Program

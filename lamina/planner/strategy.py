@@ -1,16 +1,23 @@
-"""What a search starts from: the plans of every drop rule, or of the rules a user names and nothing else."""
+"""What a search starts from: plans of drop rules and allocators, or only of those a user names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from lamina.analysis.statistics import Statistics
 from lamina.data import Dataset
 from lamina.errors import BudgetError, PassError
+from lamina.ir.program import Program
+from lamina.planner.bits.allocators import ALLOCATORS, allocator_names
+from lamina.planner.bits.evidence import QUANTIZE
+from lamina.planner.bits.ladder import Allocator
+from lamina.planner.bits.measure import bit_evidence
+from lamina.planner.bits.seeds import BitSeeds
 from lamina.planner.drop_evidence import (
     DropEvidence,
     DropSet,
@@ -26,6 +33,7 @@ from lamina.planner.drop_sets import task_loss
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.prepare import Prepared, calibration_rows
 from lamina.planner.request import Request
+from lamina.planner.search import Search
 from lamina.planner.space import Genome
 from lamina.quality import get_metric
 from lamina.quality.divergence import Divergence
@@ -35,34 +43,97 @@ SEARCH = "search"
 _GREEDY = 0.2
 # Batches of selection samples such a step looks at.
 _BATCHES = 8
+# Samples that allocators measure genomes on.
+_SAMPLES = 64
 
 
-def rules_of(strategy: str | Sequence[str] | None) -> tuple[tuple[Rule, ...], bool]:
-    """The rules of a strategy, and whether their plans are all that is looked at.
+@dataclass(frozen=True)
+class Strategy:
+    """Where plans come from.
+
+    Attributes:
+        rules: Drop rules.
+        allocators: Allocators of bits.
+        search: Whether the planner's own search goes on from their plans.
+    """
+
+    rules: tuple[Rule, ...]
+    allocators: tuple[Allocator, ...]
+    search: bool
+
+    @property
+    def name(self) -> str:
+        """``search``, or the names with commas between."""
+        names = [rule.name for rule in self.rules] + [allocator.name for allocator in self.allocators]
+        return SEARCH if self.search else ",".join(names)
+
+    def check(self, transforms: Sequence[str]) -> None:
+        """Raise where a named rule could propose nothing.
+
+        Raises:
+            BudgetError: Its transform is not used.
+        """
+        for parts, kind, transform in (
+            (self.rules, "drop rules", "drop"),
+            (self.allocators, "allocators", QUANTIZE),
+        ):
+            if parts and not self.search and transform not in transforms:
+                raise BudgetError(
+                    f"a strategy of {kind} needs the transform '{transform}'",
+                    advice="add it to transforms, or leave them out",
+                )
+
+
+def strategy_names() -> tuple[str, ...]:
+    """Everything that a strategy can name."""
+    return (SEARCH, *rule_names(), *allocator_names())
+
+
+def strategy_of(strategy: str | Sequence[str] | None) -> Strategy:
+    """The rules and allocators of a strategy, and whether their plans are all that is looked at.
 
     Args:
-        strategy: ``search`` or None: every rule, then the planner's own search. Else one or several names of
-            rules, as a sequence or with commas between: only their plans.
+        strategy: ``search`` or None: every drop rule, then the planner's own search, which solves for bits
+            itself. Else one or several names of rules and allocators, as a sequence or with commas between:
+            only their plans.
 
     Raises:
-        BudgetError: A name is no rule's.
+        BudgetError: A name is nobody's.
     """
     names = strategy.split(",") if isinstance(strategy, str) else list(strategy or ())
     names = [n.strip() for n in names if n.strip()] or [SEARCH]
     if names == [SEARCH]:
-        return RULES, False
+        return Strategy(RULES, (), True)
     for name in names:
-        if name not in rule_names():
+        if name not in strategy_names()[1:]:
             raise BudgetError(
-                f"there is no strategy '{name}'", advice=f"choose from {', '.join((SEARCH, *rule_names()))}"
+                f"there is no strategy '{name}'", advice=f"choose from {', '.join(strategy_names())}"
             )
-    return tuple(get_rule(name) for name in dict.fromkeys(names)), True
+    allocators = tuple(a for a in ALLOCATORS if a.name in names)
+    rules = tuple(get_rule(n) for n in dict.fromkeys(names) if n in rule_names())
+    return Strategy(rules, allocators, False)
 
 
-def drop_seeds(
+@dataclass(frozen=True)
+class Seeds:
+    """Everything that proposes plans to a search; call it with one."""
+
+    parts: tuple[DropSeeds | BitSeeds, ...]
+
+    def __call__(self, search: Search) -> None:
+        """Measure what the parts propose."""
+        for part in self.parts:
+            part(search)
+
+    def report(self) -> list[dict[str, Any]]:
+        """What became of every rule and allocator."""
+        return [row for part in self.parts for row in part.report()]
+
+
+def seeds(
     request: Request, prepared: Prepared, evaluator: Evaluator, damage: Sequence[Sequence[float]]
-) -> DropSeeds | None:
-    """The plans of the request's rules, measured on the planner's supergraph; None without drops.
+) -> Seeds:
+    """The plans of the request's strategy, measured on the planner's supergraph.
 
     Args:
         request: What was asked for.
@@ -70,7 +141,36 @@ def drop_seeds(
         evaluator: Runs candidates.
         damage: Divergence of every option alone.
     """
-    rules, only = rules_of(request.strategy)
+    strategy = strategy_of(request.strategy)
+    drops = drop_seeds(request, prepared, evaluator, damage, strategy) if strategy.rules else None
+    bits = bit_seeds(request, prepared, evaluator, damage, strategy) if strategy.allocators else None
+    return Seeds(tuple(part for part in (drops, bits) if part is not None))
+
+
+def bit_seeds(
+    request: Request,
+    prepared: Prepared,
+    evaluator: Evaluator,
+    damage: Sequence[Sequence[float]],
+    strategy: Strategy,
+) -> BitSeeds:
+    """The plans of a strategy's allocators."""
+    selection, step = evaluator.selection, evaluator.selection.fixed_batch or 1
+    probe = selection.rows(slice(0, min(max(_SAMPLES // step, 1) * step, selection.samples)))
+    divergence = _divergence(request, prepared.folded.program)
+    rows = calibration_rows(request)
+    evidence = bit_evidence(prepared.costs, damage, rows, evaluator, probe, divergence)
+    return BitSeeds(strategy.allocators, evidence, share=1.0)
+
+
+def drop_seeds(
+    request: Request,
+    prepared: Prepared,
+    evaluator: Evaluator,
+    damage: Sequence[Sequence[float]],
+    strategy: Strategy,
+) -> DropSeeds | None:
+    """The plans of a strategy's drop rules; None without drops."""
     space, costs = prepared.costs.space, prepared.costs
     drops = {c.site.name: i for i, c in enumerate(space.choices) if c.transform.name == "drop"}
     if not drops:
@@ -93,9 +193,9 @@ def drop_seeds(
         return {name: damage[i][0] for name, i in drops.items()}
 
     evidence = DropEvidence(branches, layers, statistics, lambda first, last: angles()(first, last), single)
-    seeds = DropSeeds(rules, evidence, costs.space, share=1.0 if only else SHARE)
-    seeds.evidence = _measured(request, prepared, evaluator, seeds)
-    return seeds
+    made = DropSeeds(strategy.rules, evidence, costs.space, share=SHARE if strategy.search else 1.0)
+    made.evidence = _measured(request, prepared, evaluator, made)
+    return made
 
 
 def _axis(request: Request) -> str:
@@ -114,10 +214,7 @@ def _measured(request: Request, prepared: Prepared, evaluator: Evaluator, seeds:
     """The evidence with measures on the supergraph; sets it cannot express are infinitely harmful."""
     program = prepared.folded.program
     probe = _probe(request, evaluator, len(seeds.evidence.branches))
-    divergence = get_metric(request.metric.divergence, program)
-    if not isinstance(divergence, Divergence):
-        raise PassError(f"metric '{request.metric.name}' names no divergence")
-    judge = divergence
+    judge = _divergence(request, program)
     loss = task_loss(program, probe)
 
     def through(measure: Callable[[Sequence[Genome]], Sequence[float]]) -> Measure:
@@ -132,6 +229,13 @@ def _measured(request: Request, prepared: Prepared, evaluator: Evaluator, seeds:
     apart = through(lambda genomes: evaluator.single_divergences(probe, judge, genomes))
     lost = None if loss is None else through(lambda genomes: evaluator.single_scores(probe, loss, genomes))
     return replace(seeds.evidence, divergence=apart, loss=lost)
+
+
+def _divergence(request: Request, program: Program) -> Divergence:
+    found = get_metric(request.metric.divergence, program)
+    if not isinstance(found, Divergence):
+        raise PassError(f"metric '{request.metric.name}' names no divergence")
+    return found
 
 
 def _probe(request: Request, evaluator: Evaluator, branches: int) -> Dataset:

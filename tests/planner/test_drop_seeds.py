@@ -24,7 +24,7 @@ from lamina.planner.evaluator import Score
 from lamina.planner.referee import Referee
 from lamina.planner.search import Goal, Search
 from lamina.planner.space import Genome, Space, build_space
-from lamina.planner.strategy import rules_of
+from lamina.planner.strategy import strategy_of
 
 
 class Judge:
@@ -140,15 +140,19 @@ def test_a_rule_that_cannot_work_costs_its_plans_only():
 
 
 def test_names_of_strategies():
-    assert rules_of(None) == rules_of("search")
-    assert not rules_of("search")[1]
-    rules, only = rules_of("balanced-skip, joint-branch-drop")
-    assert only
-    assert [r.name for r in rules] == ["balanced-skip", "joint-branch-drop"]
+    assert strategy_of(None) == strategy_of("search")
+    assert strategy_of("search").search
+    named = strategy_of("balanced-skip, bits-ilp, joint-branch-drop")
+    assert not named.search
+    assert [r.name for r in named.rules] == ["balanced-skip", "joint-branch-drop"]
+    assert [a.name for a in named.allocators] == ["bits-ilp"]
+    assert named.name == "balanced-skip,joint-branch-drop,bits-ilp"
     with pytest.raises(BudgetError, match="there is no strategy 'nonsense'"):
-        rules_of(["nonsense"])
+        strategy_of(["nonsense"])
     with pytest.raises(BudgetError, match="needs the transform 'drop'"):
         lamina.optimize("absent.onnx", "drop<=1%", strategy="balanced-skip", transforms=["quantize"])
+    with pytest.raises(BudgetError, match="needs the transform 'quantize'"):
+        lamina.optimize("absent.onnx", "drop<=1%", strategy="bits-ilp", transforms=["drop"])
 
 
 # -- whole optimizations ------------------------------------------------------------------------------
