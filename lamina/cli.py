@@ -89,6 +89,57 @@ def optimize(
 
 
 @app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    data: Data = None,
+    metric: Metric = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="whole model in 8, 4, 3 or 2, or mixed; default 8, with --size mixed"),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="bound on the file, e.g. 0.2x or 10MB")] = None,
+    latency: Annotated[str | None, typer.Option(help="bound on the latency, e.g. 0.5x or 4ms")] = None,
+    drop: Annotated[str | None, typer.Option(help="bound on the quality lost, e.g. 1%")] = None,
+    target: Target = "ort:cpu",
+    workload: Workload = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="search (default), or allocators: only their plans are looked at")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 60.0,
+    seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,
+    batch_size: Annotated[int, typer.Option(help="rows a run gets during evaluation", min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model, operator by operator; works with no option but the output."""
+    from lamina.quantizing import quantize as run
+    from lamina.report.terminal import LiveProgress, result_tables
+
+    with made(output), LiveProgress(quiet=as_json) as progress:
+        result = run(
+            model,
+            data=data,
+            metric=metric,
+            bits=bits,
+            size=size,
+            latency=latency,
+            drop=drop,
+            strategy=strategy,
+            target=target,
+            workload=workload,
+            seconds=seconds,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    written = result.save(output)
+    if as_json:
+        print_json({**result.evidence, "files": [str(p) for p in written]})
+    else:
+        result_tables(result.evidence, [str(p) for p in written])
+
+
+@app.command()
 def fold(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="the ONNX file to write")],

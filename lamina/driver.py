@@ -20,6 +20,7 @@ from lamina.ir.capture import capture
 from lamina.ir.program import Program
 from lamina.passes import get_transform, transform_names
 from lamina.passes.fold.catalog import load
+from lamina.planner.bits.size import at_width
 from lamina.planner.blame import describe
 from lamina.planner.builder import Builder
 from lamina.planner.evidence import Final, evidence, front, with_reasons
@@ -79,7 +80,8 @@ def optimize(
         target: ``ort:cpu?threads=2``, ``tvm:llvm?threads=2``.
         workload: Shapes that matter, ``"1x128@0.2; 1x1@0.8"``. None: batch 1.
         transforms: Names of transforms to use; all by default.
-        minimize: Overrides what is minimized: ``latency``, ``size``, ``flops``, ``memory`` or ``damage``.
+        minimize: Overrides what is minimized: ``latency``, ``size``, ``flops``, ``memory``, ``footprint``
+            (the sum of latency ratio and size ratio) or ``damage``.
         strategy: None or ``"search"``: the plans of every drop rule, and search from there. One or several
             names of drop rules (``"greedy-output-divergence"``, :mod:`lamina.planner.drop_rules`) and
             allocators of bits (``"bits-ilp"``, :mod:`lamina.planner.bits.allocators`): the best of their
@@ -99,11 +101,53 @@ def optimize(
         InfeasibleBudget: Nothing found meets the budget; carries the nearest plans.
         LaminaError: Model, data, budget, metric, target or workload is not usable.
     """
+    request = make_request(
+        model,
+        Budget.parse(budget, **bounds),
+        data=data,
+        metric=metric,
+        target=target,
+        workload=workload,
+        transforms=transforms,
+        minimize=minimize,
+        strategy=strategy,
+        seconds=seconds,
+        seed=seed,
+        batch_size=batch_size,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        progress=progress,
+    )
+    return run(request)
+
+
+def make_request(
+    model: Any,
+    budget: Budget,
+    *,
+    data: Any = None,
+    metric: Any = None,
+    target: str | Target = "ort:cpu",
+    workload: Any = None,
+    transforms: Sequence[str] | None = None,
+    minimize: str | None = None,
+    strategy: str | Sequence[str] | None = None,
+    seconds: float = 120.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    progress: Progress | None = None,
+) -> Request:
+    """Understand and check what :func:`optimize` was given, before any long work.
+
+    Raises:
+        LaminaError: Model, data, budget, metric, target, workload or strategy is not usable.
+    """
     progress = progress or Progress()
     with progress.stage("capture"):
         # What is a moment to check comes first: a typo must not wait for a large model to load.
-        limits = Budget.parse(budget, **bounds)
-        objective = limits.objective(minimize)
+        objective = budget.objective(minimize)
         aim = Target.parse(target)
         backend = get_backend(aim)
         names = tuple(transforms) if transforms is not None else transform_names()
@@ -116,9 +160,9 @@ def optimize(
         chosen = get_metric(metric, program)
         splits = load_splits(data, program, seed=seed, batch_size=batch_size)
         check_samples(program, splits, chosen)
-        request = Request(
+        return Request(
             program=program,
-            budget=limits,
+            budget=budget,
             splits=splits,
             synthetic_data=data is None,
             metric=chosen,
@@ -132,6 +176,15 @@ def optimize(
             progress=progress,
             strategy=plans_from.name,
         )
+
+
+def run(request: Request) -> Result:
+    """The pipeline, from a request to its result.
+
+    Raises:
+        InfeasibleBudget: Nothing found meets the budget; carries the nearest plans.
+        LaminaError: A model, a sample or the target failed on the way.
+    """
     with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
         return _optimize(request, Path(folder))
 
@@ -180,6 +233,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             folded, left_out = proven_folds(request, stopwatch, referee)
             referee.caches = cache_ports(folded.program)
         prepared = prepare(request, folded, stopwatch, referee)
+        request = at_width(request, prepared)
         with progress.stage("sensitivity"):
             try:
                 evaluator, damage = sensitivity(request, prepared)

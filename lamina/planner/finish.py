@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from lamina.backends.measure import Ratio
+from lamina.budget import FOOTPRINT
 from lamina.errors import InfeasibleBudget
 from lamina.ir.io import serialized_size
 from lamina.planner.builder import Builder, Finalist
@@ -57,6 +58,9 @@ def _predicted(candidate: Candidate, predicted: dict[str, float], goal: Goal) ->
 def _measured(finalist: Finalist, goal: Goal) -> float:
     if goal.minimize == "latency":
         return finalist.relative.ratio
+    if goal.minimize == FOOTPRINT:
+        predicted = finalist.candidate.predicted
+        return finalist.relative.ratio + predicted[FOOTPRINT] - predicted["latency"]
     return finalist.candidate.objective(goal)
 
 
@@ -183,8 +187,8 @@ def affordable(
     """Whether every cost bound holds as measured on the finished model.
 
     A model slower than the original on some case is never affordable where latency is bounded or all there
-    is to gain. Who bounds another cost gets the fastest plan that keeps to it, even if nothing that does is
-    as fast as the original.
+    is to gain, and one that is clearly slower never where the request says so. Who bounds another cost gets
+    the fastest plan that keeps to it, even if nothing that does is as fast as the original.
 
     Args:
         request: The budget.
@@ -197,6 +201,8 @@ def affordable(
     model = finalist.realized.program.model
     only_gain = request.minimize == "latency" and not budget.costs
     if (only_gain or budget.latency is not None) and relative.slower_somewhere:
+        return False
+    if request.not_slower and relative.clearly_slower_somewhere:
         return False
     for bound in budget.costs:
         if bound.axis == "latency":

@@ -13,6 +13,7 @@ from lamina.analysis.matching import collect_matches
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
+from lamina.budget import FOOTPRINT
 from lamina.data import Dataset
 from lamina.errors import DataError, PassError
 from lamina.ir.io import serialized_size
@@ -21,6 +22,7 @@ from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
 from lamina.passes.pass_ import Site, Transform
 from lamina.passes.replace_branch import ReplaceBranch
+from lamina.planner.bits.uniform import uniform_space
 from lamina.planner.blame import Undone, blame_space, undone
 from lamina.planner.costs import Costs, fit_scales
 from lamina.planner.evaluator import Evaluator
@@ -85,7 +87,10 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Ref
             progress=lambda done, total: progress.update("analyze", done, total),
         )
         statistics = with_matches(request, program, transforms, statistics)
-        space = build_space(program, transforms, statistics, request.target)
+        seen = Statistics(0) if request.data_free else statistics
+        space = build_space(program, transforms, seen, request.target)
+        if request.bits is not None:
+            space = uniform_space(space, request.bits)
     told: list[Undone] = []
     with progress.stage("price"):
         while True:
@@ -179,6 +184,8 @@ def selection_rows(request: Request, supergraph: Supergraph) -> Dataset:
 def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch) -> tuple[Costs, CostResult]:
     program, workload = folded.program, request.workload
     axes = {request.minimize, *(b.axis for b in request.budget.costs)}
+    if request.minimize == FOOTPRINT:
+        axes |= {"latency", "size"}
     shapes = {case.name: observed_shapes(program, case.feeds) for case in workload}
     heaviest = max(workload, key=lambda c: sum(a.size for a in c.feeds.values()))
     program_cost = cost(program, heaviest.feeds)

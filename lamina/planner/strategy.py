@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lamina.analysis.statistics import Statistics
+from lamina.budget import FOOTPRINT
 from lamina.data import Dataset
 from lamina.errors import BudgetError, PassError
 from lamina.ir.program import Program
@@ -202,7 +203,7 @@ def _axis(request: Request) -> str:
     """The cost that savings are counted in."""
     wanted = [request.minimize, *(b.axis for b in request.budget.costs)]
     axis = next((a for a in wanted if a != "damage"), "latency")
-    return "size" if axis == "memory" else axis
+    return {"memory": "size", FOOTPRINT: "latency"}.get(axis, axis)
 
 
 def _delta(prepared: Prepared, axis: str, index: int) -> float:

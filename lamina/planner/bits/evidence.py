@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lamina.budget import FOOTPRINT
 from lamina.passes.pass_ import Option, Site
 from lamina.planner.costs import Costs
 from lamina.planner.search import Goal
@@ -89,6 +90,9 @@ class BitEvidence:
         """What an option changes on an axis, conversions left out; 0 for gene 0."""
         if not gene:
             return 0.0
+        if axis == FOOTPRINT:
+            size = self.cost(index, gene, "size") / max(self.costs.base["size"], 1.0)
+            return self.cost(index, gene, "latency") + size
         if axis == "latency":
             return self.costs.latency_delta(index, gene)
         return float(self.costs.delta[axis][index][gene - 1])

@@ -21,8 +21,8 @@ def bits_ilp(evidence: BitEvidence, goal: Goal) -> Plans:
 
     d is measured. Where a cost is minimized: least cost for each of many sums of damages, from the smallest
     that changes anything. The program knows what conversions between float and int8 cost. MC-MoE, Huang et
-    al. 2024, arXiv:2410.06270, sec. 3.2. Deviates: its error is that of a layer's output times how often an expert is
-    chosen; ours is that of the model's output, which holds both.
+    al. 2024, arXiv:2410.06270, sec. 3.2. Deviates: its error is a layer's, times how often an
+    expert is chosen; ours is that of the model's output, which holds both.
     """
     if goal.minimize == "damage":
         yield Ladder(len(_SLACKS), lambda i: _least_harm(evidence, goal, _SLACKS[i]))
