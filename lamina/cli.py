@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.commands import finite, made, names, print_json
+from lamina.commands import finite, made, names, print_json, shapes, splits
 from lamina.errors import BudgetError, LaminaError
 from lamina.ir.quiet import quiet
 
@@ -69,7 +69,7 @@ def optimize(
         result = lamina.optimize(
             model,
             budget,
-            data=_splits(data, selection_data, report_data),
+            data=splits(data, selection_data, report_data),
             metric=metric,
             target=target,
             workload=workload,
@@ -172,7 +172,7 @@ def fold(
             target=target,
             data=data,
             workload=workload,
-            shapes=_shapes(shape or ()),
+            shapes=shapes(shape or ()),
             only=names(only),
             forms=names(forms),
             progress=progress,
@@ -357,32 +357,6 @@ def demo(
         seconds=seconds,
         as_json=as_json,
     )
-
-
-def _splits(data: Path | None, selection: Path | None, report: Path | None) -> Any:
-    if selection is None and report is None:
-        return data
-    if data is None or selection is None or report is None:
-        raise BudgetError(
-            "separate samples need all three of --data, --selection-data and --report-data",
-            advice="give all three, or --data alone to have it split",
-        )
-    return {"calibration": data, "selection": selection, "report": report}
-
-
-def _shapes(given: Sequence[str]) -> dict[str, int | list[int | None]]:
-    """``tokens=1x128`` and ``batch=1`` as what :func:`lamina.fold` takes."""
-    shapes: dict[str, int | list[int | None]] = {}
-    for text in given:
-        name, _, sizes = text.rpartition("=")
-        parts = sizes.lower().split("x") if sizes else []
-        if not name or not parts or not all(p == "?" or p.isdigit() for p in parts):
-            raise BudgetError(
-                f"shape '{text}' is not understood", advice="write it like tokens=1x128 or batch=1"
-            )
-        dims = [None if p == "?" else int(p) for p in parts]
-        shapes[name] = dims[0] if len(dims) == 1 and dims[0] is not None else dims
-    return shapes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
