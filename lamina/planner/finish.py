@@ -14,6 +14,7 @@ from lamina.ir.io import serialized_size
 from lamina.planner.builder import Builder, Finalist
 from lamina.planner.costs import fit_scales
 from lamina.planner.judge import Judge, Verdict
+from lamina.planner.knapsack import solve
 from lamina.planner.mend import mend, reach
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
@@ -84,6 +85,8 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     limit, failed = float("inf"), None
     for _ in range(LOOKS):
         finalist = _next(request, builder, search, limit)
+        if finalist is None and request.not_slower and store_only(builder, search):
+            finalist = _next(request, builder, search, limit)
         if finalist is None:
             break
         verdict = judge.score(mend(request, builder, finalist))
@@ -102,6 +105,29 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         if original_holds(request, builder):  # nothing measured faster, and it loses nothing
             return judge.score(as_given(request, builder, unchanged))
     raise infeasible(request, builder, search, failed)
+
+
+def store_only(builder: Builder, search: Search) -> bool:
+    """Build the best plan of forms that are only stored narrow and cost no time; whether that is a new one.
+
+    For when every plan that was predicted to be faster measured slower than the original.
+    """
+    costs, goal, best = builder.prepared.costs, search.goal, search.best()
+    masked = [
+        [d if o.name in c.transform.storage_only else 1e9 for o, d in zip(c.options, row, strict=True)]
+        for c, row in zip(costs.space.choices, search.damage, strict=True)
+    ]
+    allowed = float("inf") if best is None else best.surrogate
+    found = (
+        None
+        if goal.minimize == "damage"
+        else solve(costs, masked, minimize=goal.minimize, allowed_damage=allowed, bounds=goal.bounds)
+    )
+    genome = found or solve(costs, masked, minimize="damage", bounds=goal.bounds)
+    if genome is None or genome in builder.done or not any(genome):
+        return False
+    candidate = search.measure(genome)
+    return candidate is not None and bool(builder.finish([candidate], seconds=3.0))
 
 
 def correct_size(request: Request, builder: Builder, search: Search) -> bool:
