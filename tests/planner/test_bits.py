@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -23,6 +24,7 @@ from lamina.planner.bits.measure import option_noise, read_entropy, weight_outli
 from lamina.planner.bits.partition import MOST_OPERATORS, blocks
 from lamina.planner.bits.seeds import BitSeeds
 from lamina.planner.evaluator import Score
+from lamina.planner.finish import store_only
 from lamina.planner.search import Goal, Search
 from lamina.planner.space import Genome, Space, build_space
 
@@ -245,6 +247,33 @@ def test_bisection_looks_at_a_logarithm_of_the_rungs() -> None:
     assert found is not None
     assert found.genome == ladder[40]
     assert len(set(seen)) <= 9
+
+
+def test_where_faster_plans_measure_slower_the_best_stored_one_is_built() -> None:
+    evidence, judge = evidence_of(4)
+    names = ("w8a8-dynamic", "stored-w4", "stored-w8")
+    space = evidence.space
+    options = tuple(Option(name) for name in names)
+    evidence.costs.space = replace(space, choices=tuple(replace(c, options=options) for c in space.choices))
+    bound = 0.2 * evidence.costs.base["size"]
+    sizes = [[s[0], s[1], s[0]] for s in evidence.costs.delta["size"]]
+    evidence.costs.delta = {**evidence.costs.delta, "size": sizes}
+    search = Search(evidence.costs, evidence.damage, judge, Goal("damage", {"size": bound}))  # type: ignore[arg-type]
+    built: list[Genome] = []
+    builder = SimpleNamespace(
+        prepared=SimpleNamespace(costs=evidence.costs),
+        done={},
+        finish=lambda candidates, seconds: built.extend(c.genome for c in candidates) or candidates,
+    )
+    assert store_only(builder, search)  # type: ignore[arg-type]
+    (genome,) = built
+    assert 1 not in genome
+    assert evidence.costs.predict(genome)["size"] <= bound
+    fits = [g for g in every_genome(evidence, (0, 2, 3)) if evidence.costs.predict(g)["size"] <= bound]
+    total = [search.surrogate(g) for g in fits]
+    assert search.surrogate(genome) == pytest.approx(min(total), rel=1e-3)
+    builder.done[genome] = None
+    assert not store_only(builder, search)  # type: ignore[arg-type]
 
 
 # -- what they go by ----------------------------------------------------------------------------------
