@@ -255,7 +255,9 @@ def infeasible(
         search.archive.values(), key=lambda c: (costs.predict(c.genome)["latency"], c.score.damage)
     )
     inside = [c for c in ranked if c.score.bound(goal.caution) <= goal.allowed_damage]
-    kept = {c.genome: c for c in (*ranked[:1], *inside[:1])}.values()
+    axes = [a for a in goal.bounds if all(a in c.predicted for c in ranked)]
+    least = [min(ranked, key=lambda c, a=axis: c.predicted[a]) for axis in axes if ranked]  # type: ignore[misc]
+    kept = {c.genome: c for c in (*ranked[:1], *inside[:1], *least)}.values()
     nearest = [_nearest(f, goal) for f in builder.finish(list(kept), seconds=4.0)]
     report = "" if failed is None else f"; the best plan lost {failed.damage * 100:.2f} % on report data"
     return InfeasibleBudget(

@@ -225,6 +225,8 @@ def test_a_bound_nobody_can_meet_is_told() -> None:
         goal = Goal("damage", {"size": 1.0})
         search = Search(evidence.costs, evidence.damage, judge, goal, seeds=seeds, only_seeds=True)  # type: ignore[arg-type]
         search.run()
+        sizes = [candidate.predicted["size"] for candidate in search.archive.values()]
+        assert min(sizes) < 0.2 * evidence.costs.base["size"]  # the nearest there is, for the error
         assert seeds.report() == [
             {"rule": allocator.name, "measured": 0, "best": None, "ended": seeds.walks[0].ended}
         ]

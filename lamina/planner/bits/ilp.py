@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lamina.planner.bits.evidence import NEVER, BitEvidence
+from lamina.planner.bits.evidence import NEVER, BitEvidence, axis_of
 from lamina.planner.bits.ladder import Ladder, Plans
 from lamina.planner.knapsack import solve
 from lamina.planner.search import Goal
@@ -25,7 +25,7 @@ def bits_ilp(evidence: BitEvidence, goal: Goal) -> Plans:
     expert is chosen; ours is that of the model's output, which holds both.
     """
     if goal.minimize == "damage":
-        yield Ladder(len(_SLACKS), lambda i: _least_harm(evidence, goal, _SLACKS[i]))
+        yield Ladder(len(_SLACKS) + 1, lambda i: _least_harm(evidence, goal, i))
         return
     every = [d for row in evidence.damage for d in row if 0 < d < NEVER]
     if not every:
@@ -35,7 +35,13 @@ def bits_ilp(evidence: BitEvidence, goal: Goal) -> Plans:
     yield Ladder(_RUNGS, lambda i: _least_cost(evidence, goal, float(sums[i])))
 
 
-def _least_harm(evidence: BitEvidence, goal: Goal, slack: float) -> Genome | None:
+def _least_harm(evidence: BitEvidence, goal: Goal, rung: int) -> Genome | None:
+    """The least damage within one of the slacks; behind them the least cost there is."""
+    if rung == len(_SLACKS):
+        axis, short_of = axis_of(goal), NEVER / 2
+        cheapest = solve(evidence.costs, evidence.damage, minimize=axis, allowed_damage=short_of)
+        return _clean(evidence, cheapest)
+    slack = _SLACKS[rung]
     bounds = {
         axis: bound - (1.0 - slack) * abs(evidence.costs.base[axis] - bound)
         for axis, bound in goal.bounds.items()

@@ -90,6 +90,8 @@ class BitSeeds:
     def _climb(self, walk: _Walk, ladder: Ladder, search: Search) -> Genome | None:
         """The rung that serves the goal best, None where none meets it."""
         first = _first_affordable(ladder, search)
+        if first == len(ladder) and (cheapest := ladder[first - 1]) is not None:
+            search.measure(cheapest)  # what comes nearest belongs into the error
         if search.goal.minimize == "damage":
             rungs = range(first, min(first + _NEXT, len(ladder)))
             good = [r for r in rungs if self._measure(walk, ladder[r], search)]
