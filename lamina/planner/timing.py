@@ -38,7 +38,7 @@ class Relative:
     @property
     def clearly_slower_somewhere(self) -> bool:
         """Whether any case is slower by more than two measurements of one model differ."""
-        return any(r.median > 1.02 and r.low > 1.0 for r in self.cases.values())
+        return any(r.median > 1.03 and r.low > 1.0 for r in self.cases.values())
 
 
 class Stopwatch:
