@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lamina.inspection import analyze
     from lamina.ir.io import load
     from lamina.planner.plan import Plan
+    from lamina.quantizing import quantize
     from lamina.result import Result
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "fold",
     "load",
     "optimize",
+    "quantize",
 ]
 
 __version__ = "0.1.0"
@@ -51,6 +53,7 @@ _HOMES = {
     "fold": "lamina.folding",
     "load": "lamina.ir.io",
     "optimize": "lamina.driver",
+    "quantize": "lamina.quantizing",
 }
 
 

@@ -19,6 +19,8 @@ Unit = Literal["x", "s", "bytes", "flops", "%", "metric"]
 
 COSTS: tuple[Axis, ...] = ("latency", "size", "memory", "flops")
 AXES: tuple[Axis, ...] = (*COSTS, "drop")
+# What can be minimized beside one cost or the damage: the sum of the latency ratio and the size ratio.
+FOOTPRINT = "footprint"
 EXAMPLE = "latency<=0.5x, size<=10MB, memory<=200MB, flops<=0.5x, drop<=1%"
 
 # Where a result's mapping keeps the measured value of an axis.
@@ -178,7 +180,7 @@ class Budget:
         """
         if minimize is None:
             return "damage" if self.bound("drop") is None else "latency"
-        choices = ("damage", *COSTS)
+        choices = ("damage", *COSTS, FOOTPRINT)
         if minimize not in choices:
             what = f"minimize='{minimize}' is unknown"
             raise BudgetError(what, where=f"budget '{self}'", advice=f"choose one of {', '.join(choices)}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lamina.commands import finite, made, names, print_json
+from lamina.commands import finite, made, names, print_json, shapes, splits
 from lamina.errors import BudgetError, LaminaError
 from lamina.ir.quiet import quiet
 
@@ -53,7 +53,8 @@ def optimize(
     ] = None,
     minimize: Annotated[str | None, typer.Option(help="latency, size, flops, memory or damage")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="search (default), or rules whose plans are all that is looked at")
+        str | None,
+        typer.Option(help="search (default), or rules and allocators: only their plans are looked at"),
     ] = None,
     seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 120.0,
     seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,
@@ -68,13 +69,64 @@ def optimize(
         result = lamina.optimize(
             model,
             budget,
-            data=_splits(data, selection_data, report_data),
+            data=splits(data, selection_data, report_data),
             metric=metric,
             target=target,
             workload=workload,
             transforms=names(transforms),
             minimize=minimize,
             strategy=strategy,
+            seconds=seconds,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    written = result.save(output)
+    if as_json:
+        print_json({**result.evidence, "files": [str(p) for p in written]})
+    else:
+        result_tables(result.evidence, [str(p) for p in written])
+
+
+@app.command()
+def quantize(
+    model: Model,
+    output: Output,
+    data: Data = None,
+    metric: Metric = None,
+    bits: Annotated[
+        str | None,
+        typer.Option(help="whole model in 8, 4, 3 or 2, or mixed; default 8, with --size mixed"),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="bound on the file, e.g. 0.2x or 10MB")] = None,
+    latency: Annotated[str | None, typer.Option(help="bound on the latency, e.g. 0.5x or 4ms")] = None,
+    drop: Annotated[str | None, typer.Option(help="bound on the quality lost, e.g. 1%")] = None,
+    target: Target = "ort:cpu",
+    workload: Workload = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="search (default), or allocators: only their plans are looked at")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 60.0,
+    seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,
+    batch_size: Annotated[int, typer.Option(help="rows a run gets during evaluation", min=1)] = 32,
+    as_json: Json = False,
+) -> None:
+    """Quantize a model, operator by operator; works with no option but the output."""
+    from lamina.quantizing import quantize as run
+    from lamina.report.terminal import LiveProgress, result_tables
+
+    with made(output), LiveProgress(quiet=as_json) as progress:
+        result = run(
+            model,
+            data=data,
+            metric=metric,
+            bits=bits,
+            size=size,
+            latency=latency,
+            drop=drop,
+            strategy=strategy,
+            target=target,
+            workload=workload,
             seconds=seconds,
             seed=seed,
             batch_size=batch_size,
@@ -120,7 +172,7 @@ def fold(
             target=target,
             data=data,
             workload=workload,
-            shapes=_shapes(shape or ()),
+            shapes=shapes(shape or ()),
             only=names(only),
             forms=names(forms),
             progress=progress,
@@ -305,32 +357,6 @@ def demo(
         seconds=seconds,
         as_json=as_json,
     )
-
-
-def _splits(data: Path | None, selection: Path | None, report: Path | None) -> Any:
-    if selection is None and report is None:
-        return data
-    if data is None or selection is None or report is None:
-        raise BudgetError(
-            "separate samples need all three of --data, --selection-data and --report-data",
-            advice="give all three, or --data alone to have it split",
-        )
-    return {"calibration": data, "selection": selection, "report": report}
-
-
-def _shapes(given: Sequence[str]) -> dict[str, int | list[int | None]]:
-    """``tokens=1x128`` and ``batch=1`` as what :func:`lamina.fold` takes."""
-    shapes: dict[str, int | list[int | None]] = {}
-    for text in given:
-        name, _, sizes = text.rpartition("=")
-        parts = sizes.lower().split("x") if sizes else []
-        if not name or not parts or not all(p == "?" or p.isdigit() for p in parts):
-            raise BudgetError(
-                f"shape '{text}' is not understood", advice="write it like tokens=1x128 or batch=1"
-            )
-        dims = [None if p == "?" else int(p) for p in parts]
-        shapes[name] = dims[0] if len(dims) == 1 and dims[0] is not None else dims
-    return shapes
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

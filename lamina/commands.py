@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import typer
+
+from lamina.errors import BudgetError
 
 
 @contextmanager
@@ -45,3 +47,38 @@ def finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def splits(data: Path | None, selection: Path | None, report: Path | None) -> Any:
+    """One set of samples, or three; what ``data=`` takes.
+
+    Raises:
+        BudgetError: Two of three.
+    """
+    if selection is None and report is None:
+        return data
+    if data is None or selection is None or report is None:
+        raise BudgetError(
+            "separate samples need all three of --data, --selection-data and --report-data",
+            advice="give all three, or --data alone to have it split",
+        )
+    return {"calibration": data, "selection": selection, "report": report}
+
+
+def shapes(given: Sequence[str]) -> dict[str, int | list[int | None]]:
+    """``tokens=1x128`` and ``batch=1`` as what :func:`lamina.fold` takes.
+
+    Raises:
+        BudgetError: Something else is written.
+    """
+    found: dict[str, int | list[int | None]] = {}
+    for text in given:
+        name, _, sizes = text.rpartition("=")
+        parts = sizes.lower().split("x") if sizes else []
+        if not name or not parts or not all(p == "?" or p.isdigit() for p in parts):
+            raise BudgetError(
+                f"shape '{text}' is not understood", advice="write it like tokens=1x128 or batch=1"
+            )
+        dims = [None if p == "?" else int(p) for p in parts]
+        found[name] = dims[0] if len(dims) == 1 and dims[0] is not None else dims
+    return found

@@ -21,6 +21,7 @@ from lamina.ir.program import Program
 from lamina.passes import default_transforms, get_transform
 from lamina.passes.fold.catalog import load
 from lamina.planner.affordable import affordable
+from lamina.planner.bits.size import at_width
 from lamina.planner.blame import describe
 from lamina.planner.builder import Builder
 from lamina.planner.evidence import Final, evidence, front, with_reasons
@@ -34,7 +35,7 @@ from lamina.planner.realize import reproduce
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.search import Search
-from lamina.planner.strategy import rule_seeds, strategy_of
+from lamina.planner.strategy import seeds, strategy_of
 from lamina.planner.timing import Stopwatch
 from lamina.progress import Progress
 from lamina.quality import Metric, evaluate, get_metric
@@ -79,12 +80,15 @@ def optimize(
             divergence.
         target: ``ort:cpu?threads=2``, ``tvm:llvm?threads=2``.
         workload: Shapes that matter, ``"1x128@0.2; 1x1@0.8"``. None: batch 1.
-        transforms: Names of transforms to use; by default all but ``share``.
-        minimize: Overrides what is minimized: ``latency``, ``size``, ``flops``, ``memory`` or ``damage``.
+        transforms: Names of transforms to use; by default those that need not be named
+            (:data:`lamina.passes.ON_REQUEST`).
+        minimize: Overrides what is minimized: ``latency``, ``size``, ``flops``, ``memory``, ``footprint``
+            (the sum of latency ratio and size ratio) or ``damage``.
         strategy: None or ``"search"``: the plans of every rule, and search from there. One or several names
-            of rules: the best of their plans, which only drop branches (``"greedy-output-divergence"``,
-            :mod:`lamina.planner.drop_rules`) or only merge convolutions (``"conv-merge-two-stage-dp"``,
-            :mod:`lamina.planner.chain_plans`).
+            of rules and allocators: the best of their plans, which only drop branches
+            (``"greedy-output-divergence"``, :mod:`lamina.planner.drop_rules`), only merge convolutions
+            (``"conv-merge-two-stage-dp"``, :mod:`lamina.planner.chain_plans`) or only quantize
+            (``"bits-ilp"``, :mod:`lamina.planner.bits.allocators`).
         seconds: Time for measuring candidates (pricing, statistics and final timing come on top).
         seed: Of data splits and search.
         batch_size: Rows a run gets during evaluation.
@@ -100,11 +104,53 @@ def optimize(
         InfeasibleBudget: Nothing found meets the budget; carries the nearest plans.
         LaminaError: Model, data, budget, metric, target or workload is not usable.
     """
+    request = make_request(
+        model,
+        Budget.parse(budget, **bounds),
+        data=data,
+        metric=metric,
+        target=target,
+        workload=workload,
+        transforms=transforms,
+        minimize=minimize,
+        strategy=strategy,
+        seconds=seconds,
+        seed=seed,
+        batch_size=batch_size,
+        example_inputs=example_inputs,
+        dynamic_shapes=dynamic_shapes,
+        progress=progress,
+    )
+    return run(request)
+
+
+def make_request(
+    model: Any,
+    budget: Budget,
+    *,
+    data: Any = None,
+    metric: Any = None,
+    target: str | Target = "ort:cpu",
+    workload: Any = None,
+    transforms: Sequence[str] | None = None,
+    minimize: str | None = None,
+    strategy: str | Sequence[str] | None = None,
+    seconds: float = 120.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    example_inputs: Any = None,
+    dynamic_shapes: Any = None,
+    progress: Progress | None = None,
+) -> Request:
+    """Understand and check what :func:`optimize` was given, before any long work.
+
+    Raises:
+        LaminaError: Model, data, budget, metric, target, workload or strategy is not usable.
+    """
     progress = progress or Progress()
     with progress.stage("capture"):
         # What is a moment to check comes first: a typo must not wait for a large model to load.
-        limits = Budget.parse(budget, **bounds)
-        objective = limits.objective(minimize)
+        objective = budget.objective(minimize)
         aim = Target.parse(target)
         backend = get_backend(aim)
         names = tuple(transforms) if transforms is not None else default_transforms()
@@ -117,9 +163,9 @@ def optimize(
         chosen = get_metric(metric, program)
         splits = load_splits(data, program, seed=seed, batch_size=batch_size)
         check_samples(program, splits, chosen)
-        request = Request(
+        return Request(
             program=program,
-            budget=limits,
+            budget=budget,
             splits=splits,
             synthetic_data=data is None,
             metric=chosen,
@@ -133,6 +179,15 @@ def optimize(
             progress=progress,
             strategy=plans_from.name,
         )
+
+
+def run(request: Request) -> Result:
+    """The pipeline, from a request to its result.
+
+    Raises:
+        InfeasibleBudget: Nothing found meets the budget; carries the nearest plans.
+        LaminaError: A model, a sample or the target failed on the way.
+    """
     with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
         return _optimize(request, Path(folder))
 
@@ -182,6 +237,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             referee.caches = cache_ports(folded.program)
         strategy = strategy_of(request.strategy)
         prepared = prepare(request, folded, stopwatch, referee, strategy.programs)
+        request = at_width(request, prepared)
         with progress.stage("sensitivity"):
             try:
                 evaluator, damage = sensitivity(request, prepared)
@@ -192,7 +248,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             builder = Builder(request, prepared, stopwatch)
             goal = make_goal(request, builder, evaluator.score(prepared.costs.space.nothing).value)
         with progress.stage("search"):
-            seeds = rule_seeds(request, prepared, evaluator, damage)
+            proposed = seeds(request, prepared, evaluator, damage)
             search = Search(
                 prepared.costs,
                 damage,
@@ -201,7 +257,7 @@ def _optimize(request: Request, folder: Path) -> Result:
                 seconds=request.seconds,
                 seed=request.seed,
                 report=lambda done, total, note: progress.update("search", int(done), int(total), note),
-                seeds=seeds,
+                seeds=proposed,
                 only_seeds=not strategy.search,
             )
             search.run()
@@ -210,7 +266,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             verdict = explained(verdict, builder, damage)
             candidates = search.ranked()
             found = evidence(request, builder, goal, verdict, final, candidates)
-    found["rules"] = seeds.report()
+    found["rules"] = proposed.report()
     found["seconds"] = dict(progress.seconds)
     realized = verdict.finalist.realized
     return Result(realized.program, realized.plan, found, front(builder, candidates, goal))

@@ -21,8 +21,8 @@ def affordable(
     """Whether every cost bound holds as measured on the finished model.
 
     A model slower than the original on some case is never affordable where latency is bounded or all there
-    is to gain. Who bounds another cost gets the fastest plan that keeps to it, even if nothing that does is
-    as fast as the original.
+    is to gain, and one that is clearly slower never where the request says so. Who bounds another cost gets
+    the fastest plan that keeps to it, even if nothing that does is as fast as the original.
 
     Args:
         request: The budget.
@@ -35,6 +35,8 @@ def affordable(
     model = finalist.realized.program.model
     only_gain = request.minimize == "latency" and not budget.costs
     if (only_gain or budget.latency is not None) and relative.slower_somewhere:
+        return False
+    if request.not_slower and relative.clearly_slower_somewhere:
         return False
     for bound in budget.costs:
         if bound.axis == "latency":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lamina.budget import FOOTPRINT
 from lamina.planner.space import Genome, Space
 
 AXES = ("latency", "size", "flops")
@@ -149,7 +150,7 @@ class Costs:
         return self.latency_delta(index, gene) < slack
 
     def predict(self, genome: Genome) -> dict[str, float]:
-        """Predicted totals of a canonical genome on every axis."""
+        """Predicted totals of a canonical genome on every axis, and the sum of latency and size ratio."""
         totals = dict(self.base)
         for i, gene in enumerate(genome):
             if gene:
@@ -158,6 +159,7 @@ class Costs:
                 totals["flops"] += self.delta["flops"][i][gene - 1]
         totals["latency"] += self.conversions(genome)
         totals["size"] += self.lent(genome)
+        totals[FOOTPRINT] = totals["latency"] + totals["size"] / max(self.base["size"], 1.0)
         return totals
 
     def lent(self, genome: Genome) -> float:

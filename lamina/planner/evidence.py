@@ -10,6 +10,7 @@ from typing import Any
 from lamina.analysis.cost import CostResult, cost
 from lamina.backends.backend import Audit, Latency
 from lamina.ir.io import serialized_size
+from lamina.planner.bits.evidence import BitEvidence, counts, mean_width, widths_of
 from lamina.planner.builder import Builder
 from lamina.planner.judge import Verdict
 from lamina.planner.plan import Move
@@ -98,6 +99,7 @@ def evidence(
         "undone": [dict(entry) for entry in builder.prepared.undone],
         "audit": {"kernels": dict(final.audit.counts), "fell_back": list(final.audit.fell_back)},
         "coverage": coverage(builder, candidate),
+        "widths": widths(builder, candidate),
         "refusals": [asdict(r) for r in builder.prepared.costs.space.refusals],
         "candidates_measured": len(candidates),
         "versions": versions(),
@@ -168,6 +170,14 @@ def coverage(builder: Builder, candidate: Candidate) -> dict[str, Any]:
         "operators": len(set(weighted) & set(touched)) / max(len(weighted), 1),
         "changed_nothing": not touched and not builder.prepared.folded.names,
     }
+
+
+def widths(builder: Builder, candidate: Candidate) -> dict[str, Any]:
+    """Bits of the weights that some form on offer stores in fewer: mean over weights, operators by width."""
+    costs = builder.prepared.costs
+    known = BitEvidence(costs, [[0.0] * len(c.options) for c in costs.space.choices], widths_of(costs))
+    operators = {str(level): count for level, count in counts(known, candidate.genome).items()}
+    return {"mean_bits": mean_width(known, candidate.genome), "operators": operators}
 
 
 def versions() -> dict[str, str]:

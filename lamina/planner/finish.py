@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 
 from lamina.backends.measure import Ratio
+from lamina.budget import FOOTPRINT
 from lamina.errors import InfeasibleBudget
 from lamina.ir.io import serialized_size
 from lamina.planner.affordable import affordable
 from lamina.planner.builder import Builder, Finalist
 from lamina.planner.costs import fit_scales
 from lamina.planner.judge import Judge, Verdict
+from lamina.planner.knapsack import solve
 from lamina.planner.mend import mend, reach
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
@@ -60,6 +62,9 @@ def _predicted(candidate: Candidate, predicted: dict[str, float], goal: Goal) ->
 def _measured(finalist: Finalist, goal: Goal) -> float:
     if goal.minimize == "latency":
         return finalist.relative.ratio
+    if goal.minimize == FOOTPRINT:
+        predicted = finalist.candidate.predicted
+        return finalist.relative.ratio + predicted[FOOTPRINT] - predicted["latency"]
     return finalist.candidate.objective(goal)
 
 
@@ -83,6 +88,8 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     limit, failed = float("inf"), None
     for _ in range(LOOKS):
         finalist = _next(request, builder, search, limit)
+        if finalist is None and request.not_slower and store_only(builder, search):
+            finalist = _next(request, builder, search, limit)
         if finalist is None:
             break
         verdict = judge.score(mend(request, builder, finalist, goal))
@@ -101,6 +108,29 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         if original_holds(request, builder):  # nothing measured faster, and it loses nothing
             return judge.score(as_given(request, builder, unchanged))
     raise infeasible(request, builder, search, failed)
+
+
+def store_only(builder: Builder, search: Search) -> bool:
+    """Build the best plan of forms that are only stored narrow and cost no time; whether that is a new one.
+
+    For when every plan that was predicted to be faster measured slower than the original.
+    """
+    costs, goal, best = builder.prepared.costs, search.goal, search.best()
+    masked = [
+        [d if o.name in c.transform.storage_only else 1e9 for o, d in zip(c.options, row, strict=True)]
+        for c, row in zip(costs.space.choices, search.damage, strict=True)
+    ]
+    allowed = float("inf") if best is None else best.surrogate
+    found = (
+        None
+        if goal.minimize == "damage"
+        else solve(costs, masked, minimize=goal.minimize, allowed_damage=allowed, bounds=goal.bounds)
+    )
+    genome = found or solve(costs, masked, minimize="damage", bounds=goal.bounds)
+    if genome is None or genome in builder.done or not any(genome):
+        return False
+    candidate = search.measure(genome)
+    return candidate is not None and bool(builder.finish([candidate], seconds=3.0))
 
 
 def correct_size(request: Request, builder: Builder, search: Search) -> bool:
@@ -184,7 +214,9 @@ def infeasible(
         search.archive.values(), key=lambda c: (costs.predict(c.genome)["latency"], c.score.damage)
     )
     inside = [c for c in ranked if c.score.bound(goal.caution) <= goal.allowed_damage]
-    kept = {c.genome: c for c in (*ranked[:1], *inside[:1])}.values()
+    axes = [a for a in goal.bounds if all(a in c.predicted for c in ranked)]
+    least = [min(ranked, key=lambda c, a=axis: c.predicted[a]) for axis in axes if ranked]  # type: ignore[misc]
+    kept = {c.genome: c for c in (*ranked[:1], *inside[:1], *least)}.values()
     nearest = [_nearest(f, goal) for f in builder.finish(list(kept), seconds=4.0)]
     report = "" if failed is None else f"; the best plan lost {failed.damage * 100:.2f} % on report data"
     return InfeasibleBudget(

@@ -8,6 +8,8 @@ from lamina.planner.search import Goal
 
 # Predictions are not measurements: the search aims a little below a cost bound.
 AIM = 0.97
+# Predicted latency of what shall not be slower: prices of forms that change none add up to some noise.
+NOT_SLOWER = 1.05
 
 
 def make_goal(request: Request, builder: Builder, original_score: float) -> Goal:
@@ -31,6 +33,8 @@ def make_goal(request: Request, builder: Builder, original_score: float) -> Goal
             bounds["size"] = min(bounds.get("size", float("inf")), room)
         else:
             bounds["flops"] = bound.limit(builder.prepared.original_cost.flops)
+    if request.not_slower:
+        bounds.setdefault("latency", NOT_SLOWER * max(1.0, builder.prepared.costs.base["latency"]))
     minimize = "size" if request.minimize == "memory" else request.minimize
     allowed = request.budget.allowed_damage(request.metric, original_score)
     return Goal(minimize, bounds, allowed)

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 
 import numpy as np
 
+from lamina.budget import FOOTPRINT
 from lamina.planner.costs import Costs
 from lamina.planner.space import Genome
 
@@ -68,7 +69,7 @@ def solve(
     Args:
         costs: Prices of every option.
         damage: Estimated damage of every option alone; one list a choice.
-        minimize: ``latency``, ``size``, ``flops`` or ``damage``.
+        minimize: ``latency``, ``size``, ``flops``, ``footprint`` or ``damage``.
         allowed_damage: Bound on the sum of damages.
         bounds: Axis -> largest total.
         seconds: Time limit; the best solution found so far is returned.
@@ -171,6 +172,7 @@ def _axis_vectors(
         vectors["latency"][count + 2 * j] = border.quantize
         vectors["latency"][count + 2 * j + 1] = border.dequantize
     vectors["size"][variables - len(costs.loans) :] = [loan.nbytes for loan in costs.loans]
+    vectors[FOOTPRINT] = vectors["latency"] + vectors["size"] / max(costs.base["size"], 1.0)
     return vectors
 
 

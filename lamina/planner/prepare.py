@@ -12,12 +12,14 @@ from lamina.analysis.cost import CostResult, cost
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
+from lamina.budget import FOOTPRINT
 from lamina.data import Dataset
 from lamina.errors import PassError
 from lamina.ir.io import serialized_size
 from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
 from lamina.passes.pass_ import Site, Transform
+from lamina.planner.bits.uniform import uniform_space
 from lamina.planner.blame import Undone, blame_space, undone
 from lamina.planner.chain_measure import with_chain_plans
 from lamina.planner.chain_plans import ChainPlans, ChainRule
@@ -104,7 +106,10 @@ def prepare(
         )
         for transform in transforms:
             statistics = transform.collect(program, request.splits.calibration, statistics)
-        space = build_space(program, transforms, statistics, request.target)
+        seen = Statistics(0) if request.data_free else statistics
+        space = build_space(program, transforms, seen, request.target)
+        if request.bits is not None:
+            space = uniform_space(space, request.bits)
     with progress.stage("price"):
         while True:
             try:
@@ -158,7 +163,8 @@ def useful_transforms(request: Request) -> list[Transform]:
 
 def axes_of(request: Request) -> set[str]:
     """The costs that the request bounds or minimizes."""
-    return {request.minimize, *(b.axis for b in request.budget.costs)}
+    axes = {request.minimize, *(b.axis for b in request.budget.costs)}
+    return axes | {"latency", "size"} if request.minimize == FOOTPRINT else axes
 
 
 def calibration_rows(request: Request) -> Dataset:

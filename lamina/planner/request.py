@@ -26,11 +26,17 @@ class Request:
         backend: The target's backend.
         workload: Shapes that latency is measured on.
         transforms: Names of the transforms to use.
-        minimize: What to make least: ``latency``, ``size``, ``flops``, ``memory``, ``damage``.
+        minimize: What to make least: ``latency``, ``size``, ``flops``, ``memory``, ``footprint`` (the sum of
+            latency ratio and size ratio), ``damage``.
         seconds: Time for measuring candidates.
         seed: Of search and timing order.
         progress: Receives progress.
-        strategy: ``search``, or names of rules with commas between (:mod:`lamina.planner.strategy`).
+        strategy: ``search``, or names of rules and allocators with commas between
+            (:mod:`lamina.planner.strategy`).
+        bits: Every weight in so many bits where there is such a form (:mod:`lamina.planner.bits.uniform`);
+            None: any width.
+        data_free: Leave out what rests on statistics of the samples, as they say nothing of real ones.
+        not_slower: Whether a plan slower than the original is out whatever is bounded or minimized.
     """
 
     program: Program
@@ -47,6 +53,9 @@ class Request:
     seed: int
     progress: Progress
     strategy: str = "search"
+    bits: int | None = None
+    data_free: bool = False
+    not_slower: bool = False
 
     @property
     def draft(self) -> Target:

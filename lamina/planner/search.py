@@ -32,7 +32,7 @@ class Goal:
     """What the search is after.
 
     Attributes:
-        minimize: ``latency``, ``size``, ``flops`` or ``damage``.
+        minimize: ``latency``, ``size``, ``flops``, ``footprint`` or ``damage``.
         bounds: Axis -> largest allowed total, in the units of :class:`Costs`.
         allowed_damage: Largest damage, in the metric's damage unit; inf when unbounded.
         caution: Standard errors added to a measured damage before it is held against the bound.

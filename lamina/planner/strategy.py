@@ -1,7 +1,7 @@
-"""What a search starts from: the plans of every rule, or of the rules a user names and nothing else.
+"""What a search starts from: plans of rules and allocators, or only of those a user names.
 
 Rules are drop rules (:mod:`lamina.planner.drop_rules`) and the dynamic programs over chains of convolutions
-(:mod:`lamina.planner.chain_plans`).
+(:mod:`lamina.planner.chain_plans`); allocators choose bits (:mod:`lamina.planner.bits`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any
 
 import numpy as np
 
 from lamina.analysis.statistics import Statistics
+from lamina.budget import FOOTPRINT
 from lamina.data import Dataset
 from lamina.errors import BudgetError, PassError
+from lamina.ir.program import Program
 from lamina.passes.merge_conv_chain import MergeConvChain
+from lamina.planner.bits.allocators import ALLOCATORS, allocator_names
+from lamina.planner.bits.evidence import QUANTIZE
+from lamina.planner.bits.ladder import Allocator
+from lamina.planner.bits.measure import bit_evidence
+from lamina.planner.bits.seeds import BitSeeds
 from lamina.planner.chain_plans import CHAIN_RULES, ChainRule
 from lamina.planner.drop_evidence import (
     DropEvidence,
@@ -32,6 +40,7 @@ from lamina.planner.evaluator import Evaluator
 from lamina.planner.prepare import Prepared, calibration_rows
 from lamina.planner.request import Request
 from lamina.planner.rule_seeds import SHARE, RuleSeeds, Source, Step
+from lamina.planner.search import Search
 from lamina.planner.space import Genome, Space
 from lamina.quality import get_metric
 from lamina.quality.divergence import Divergence
@@ -41,6 +50,8 @@ SEARCH = "search"
 _GREEDY = 0.2
 # Selection samples such a step looks at: at most so many batches, at least so many samples.
 _BATCHES, _LEAST = 8, 8
+# Samples that allocators measure genomes on.
+_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -50,17 +61,20 @@ class Strategy:
     Attributes:
         rules: Drop rules.
         programs: Dynamic programs over chains of convolutions.
+        allocators: Allocators of bits.
         search: Whether the planner's own search goes on from their plans.
     """
 
     rules: tuple[Rule, ...]
     programs: tuple[ChainRule, ...]
+    allocators: tuple[Allocator, ...]
     search: bool
 
     @property
     def name(self) -> str:
         """``search``, or the names with commas between."""
         names = [rule.name for rule in self.rules] + [program.name for program in self.programs]
+        names += [allocator.name for allocator in self.allocators]
         return SEARCH if self.search else ",".join(names)
 
     def check(self, transforms: Collection[str]) -> None:
@@ -72,6 +86,7 @@ class Strategy:
         for parts, kind, transform in (
             (self.rules, "drop rules", "drop"),
             (self.programs, "programs over chains", MergeConvChain.name),
+            (self.allocators, "allocators", QUANTIZE),
         ):
             if parts and not self.search and transform not in transforms:
                 raise BudgetError(
@@ -82,36 +97,54 @@ class Strategy:
 
 def strategy_names() -> tuple[str, ...]:
     """Everything that a strategy can name."""
-    return (SEARCH, *rule_names(), *(rule.name for rule in CHAIN_RULES))
+    return (SEARCH, *rule_names(), *(rule.name for rule in CHAIN_RULES), *allocator_names())
 
 
 def strategy_of(strategy: str | Sequence[str] | None) -> Strategy:
-    """The rules of a strategy, and whether their plans are all that is looked at.
+    """The rules and allocators of a strategy, and whether their plans are all that is looked at.
 
     Args:
-        strategy: ``search`` or None: every rule, then the planner's own search. Else one or several names of
-            rules, as a sequence or with commas between: only their plans.
+        strategy: ``search`` or None: every drop rule, then the planner's own search, which solves for bits
+            itself. Else one or several names of rules and allocators, as a sequence or with commas between:
+            only their plans.
 
     Raises:
-        BudgetError: A name is no rule's.
+        BudgetError: A name is nobody's.
     """
     names = strategy.split(",") if isinstance(strategy, str) else list(strategy or ())
     names = [n.strip() for n in names if n.strip()] or [SEARCH]
     if names == [SEARCH]:
-        return Strategy(RULES, CHAIN_RULES, True)
+        return Strategy(RULES, CHAIN_RULES, (), True)
     for name in names:
         if name not in strategy_names()[1:]:
             raise BudgetError(
                 f"there is no strategy '{name}'", advice=f"choose from {', '.join(strategy_names())}"
             )
     rules = tuple(get_rule(n) for n in dict.fromkeys(names) if n in rule_names())
-    return Strategy(rules, tuple(rule for rule in CHAIN_RULES if rule.name in names), False)
+    programs = tuple(rule for rule in CHAIN_RULES if rule.name in names)
+    return Strategy(rules, programs, tuple(a for a in ALLOCATORS if a.name in names), False)
 
 
-def rule_seeds(
+@dataclass(frozen=True)
+class Seeds:
+    """Everything that proposes plans to a search; call it with one."""
+
+    parts: tuple[RuleSeeds | BitSeeds, ...]
+
+    def __call__(self, search: Search) -> None:
+        """Measure what the parts propose."""
+        for part in self.parts:
+            part(search)
+
+    def report(self) -> list[dict[str, Any]]:
+        """What became of every rule and allocator."""
+        return [row for part in self.parts for row in part.report()]
+
+
+def seeds(
     request: Request, prepared: Prepared, evaluator: Evaluator, damage: Sequence[Sequence[float]]
-) -> RuleSeeds:
-    """The plans of the request's rules, measured on the planner's supergraph.
+) -> Seeds:
+    """The plans of the request's strategy, measured on the planner's supergraph.
 
     Args:
         request: What was asked for.
@@ -119,6 +152,33 @@ def rule_seeds(
         evaluator: Runs candidates.
         damage: Divergence of every option alone.
     """
+    parts: list[RuleSeeds | BitSeeds] = [rule_seeds(request, prepared, evaluator, damage)]
+    strategy = strategy_of(request.strategy)
+    if strategy.allocators:
+        parts.append(bit_seeds(request, prepared, evaluator, damage, strategy.allocators))
+    return Seeds(tuple(parts))
+
+
+def bit_seeds(
+    request: Request,
+    prepared: Prepared,
+    evaluator: Evaluator,
+    damage: Sequence[Sequence[float]],
+    allocators: Sequence[Allocator],
+) -> BitSeeds:
+    """The plans of allocators."""
+    selection, step = evaluator.selection, evaluator.selection.fixed_batch or 1
+    probe = selection.rows(slice(0, min(max(_SAMPLES // step, 1) * step, selection.samples)))
+    divergence = _divergence(request, prepared.folded.program)
+    rows = calibration_rows(request)
+    evidence = bit_evidence(prepared.costs, damage, rows, evaluator, probe, divergence)
+    return BitSeeds(allocators, evidence, share=1.0)
+
+
+def rule_seeds(
+    request: Request, prepared: Prepared, evaluator: Evaluator, damage: Sequence[Sequence[float]]
+) -> RuleSeeds:
+    """The plans of the strategy's rules."""
     strategy = strategy_of(request.strategy)
     space = prepared.costs.space
     sources: list[Source] = []
@@ -188,7 +248,7 @@ def _axis(request: Request) -> str:
     """The cost that savings are counted in."""
     wanted = [request.minimize, *(b.axis for b in request.budget.costs)]
     axis = next((a for a in wanted if a != "damage"), "latency")
-    return "size" if axis == "memory" else axis
+    return {"memory": "size", FOOTPRINT: "latency"}.get(axis, axis)
 
 
 def _delta(prepared: Prepared, axis: str, index: int) -> float:
@@ -202,10 +262,7 @@ def _measured(
     """The evidence with measures on the supergraph; sets it cannot express are infinitely harmful."""
     program, space = prepared.folded.program, prepared.costs.space
     probe = _probe(request, evaluator, len(evidence.branches))
-    divergence = get_metric(request.metric.divergence, program)
-    if not isinstance(divergence, Divergence):
-        raise PassError(f"metric '{request.metric.name}' names no divergence")
-    judge = divergence
+    judge = _divergence(request, program)
     loss = task_loss(program, probe)
 
     def through(measure: Callable[[Sequence[Genome]], Sequence[float]]) -> Measure:
@@ -220,6 +277,13 @@ def _measured(
     apart = through(lambda genomes: evaluator.single_divergences(probe, judge, genomes))
     lost = None if loss is None else through(lambda genomes: evaluator.single_scores(probe, loss, genomes))
     return replace(evidence, divergence=apart, loss=lost)
+
+
+def _divergence(request: Request, program: Program) -> Divergence:
+    found = get_metric(request.metric.divergence, program)
+    if not isinstance(found, Divergence):
+        raise PassError(f"metric '{request.metric.name}' names no divergence")
+    return found
 
 
 def _probe(request: Request, evaluator: Evaluator, branches: int) -> Dataset:

@@ -35,6 +35,11 @@ class Relative:
         """Whether any case is slower than the original beyond the noise of the measurement."""
         return any(r.median > 1.0 and r.low > 0.98 for r in self.cases.values())
 
+    @property
+    def clearly_slower_somewhere(self) -> bool:
+        """Whether any case is slower by more than two measurements of one model differ."""
+        return any(r.median > 1.03 and r.low > 1.0 for r in self.cases.values())
+
 
 class Stopwatch:
     """Times models against the original; each lives in its own process while it is compared.

@@ -124,6 +124,8 @@ def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
     moves = Counter((m["transform"], m["option"], m["kind"]) for m in evidence["moves"])
     for (transform, option, kind), count in sorted(moves.items()):
         console.print(f"{transform}: {count} x {kind} -> {option}")
+    if "quantization" in evidence:
+        _widths(console, evidence["widths"])
     touched = evidence["coverage"]
     if touched["changed_nothing"]:
         console.print("[yellow]nothing was changed: no option measured better within the budget[/yellow]")
@@ -136,6 +138,16 @@ def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
             highlight=False,
         )
     _compensation(console, evidence.get("compensation"))
+
+
+def _widths(console: Console, found: Mapping[str, Any]) -> None:
+    """How many operators have how many bits."""
+    pairs = [f"{count} in {width}" for width, count in found["operators"].items()]
+    if pairs:
+        console.print(
+            f"weighted operators by bits: {', '.join(pairs)}; {found['mean_bits']:.2f} bits a weight",
+            highlight=False,
+        )
 
 
 def _compensation(console: Console, found: Mapping[str, Any] | None) -> None:
@@ -156,7 +168,9 @@ def _compensation(console: Console, found: Mapping[str, Any] | None) -> None:
 
 def _warnings(console: Console, evidence: Mapping[str, Any]) -> None:
     if evidence["synthetic_data"]:
-        console.print("[yellow]no data was given: inputs were made up, damage is only an indication[/yellow]")
+        trust = evidence.get("quantization", {}).get("trust")
+        said = trust or "no data was given: inputs were made up, damage is only an indication"
+        console.print(f"[yellow]{escape(said)}[/yellow]", highlight=False)
     if evidence["report_looks"] > 1:
         console.print(f"report data was looked at {evidence['report_looks']} times")
     for entry in evidence["undone"]:

@@ -165,10 +165,12 @@ def test_names_of_strategies():
     assert strategy_of(None) == strategy_of("search")
     assert strategy_of("search").search
     assert strategy_of("search").name == "search"
-    named = strategy_of("balanced-skip, merge-conv-chain, joint-branch-drop")
+    named = strategy_of("balanced-skip, merge-conv-chain, bits-ilp, joint-branch-drop")
     assert not named.search
     assert [r.name for r in named.rules] == ["balanced-skip", "joint-branch-drop"]
     assert [r.name for r in named.programs] == ["merge-conv-chain"]
+    assert [a.name for a in named.allocators] == ["bits-ilp"]
+    assert named.name == "balanced-skip,joint-branch-drop,merge-conv-chain,bits-ilp"
     assert strategy_of(named.name) == named
     with pytest.raises(BudgetError, match="there is no strategy 'nonsense'"):
         strategy_of(["nonsense"])
@@ -176,6 +178,8 @@ def test_names_of_strategies():
         lamina.optimize("absent.onnx", "drop<=1%", strategy="balanced-skip", transforms=["quantize"])
     with pytest.raises(BudgetError, match="needs the transform 'merge-conv-chain'"):
         lamina.optimize("absent.onnx", "drop<=1%", strategy="conv-merge-two-stage-dp", transforms=["drop"])
+    with pytest.raises(BudgetError, match="needs the transform 'quantize'"):
+        lamina.optimize("absent.onnx", "drop<=1%", strategy="bits-ilp", transforms=["drop"])
 
 
 # -- whole optimizations ------------------------------------------------------------------------------

@@ -48,7 +48,45 @@ def static(
     **options: Any,
 ) -> Path:
     """Static QDQ int8, per channel, min-max ranges over the calibration samples; ``options`` as above."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+
+    path = folder / "ort_static.onnx"
+    quantize_static(
+        model,
+        path,
+        _reader(samples, names, batch),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+        **options,
+    )
+    return path
+
+
+def default_dynamic(model: Path, folder: Path) -> Path:
+    """Dynamic int8 as the tool does it with no options given."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    path = folder / "ort_dynamic_default.onnx"
+    quantize_dynamic(model, path)
+    return path
+
+
+def default_static(
+    model: Path, folder: Path, samples: dict[str, np.ndarray], names: list[str], batch: int
+) -> Path:
+    """Static int8 as the tool does it with no options given."""
+    from onnxruntime.quantization import quantize_static
+
+    path = folder / "ort_static_default.onnx"
+    quantize_static(model, path, _reader(samples, names, batch))
+    return path
+
+
+def _reader(samples: dict[str, np.ndarray], names: list[str], batch: int) -> Any:
+    """Up to 128 calibration samples, as the tool wants to be given them."""
+    from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -59,15 +97,4 @@ def static(
         def get_next(self) -> Any:
             return next(self.batches, None)
 
-    path = folder / "ort_static.onnx"
-    quantize_static(
-        model,
-        path,
-        Reader(),
-        quant_format=QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-        **options,
-    )
-    return path
+    return Reader()

@@ -68,7 +68,7 @@ def run_case(case: Case, out: Path, threads: list[int], seconds: float, seed: in
         name: {
             "metric": quality[name],
             "damage_percent": judge.damage(case, quality["float32"], quality[name]),
-            "bytes": _bytes(path),
+            "bytes": file_bytes(path),
             "times": {},
         }
         for name, path in models.items()
@@ -172,7 +172,8 @@ def plot(results: list[dict[str, Any]], threads: str, path: Path) -> None:
     figure.write_html(path, include_plotlyjs=True)
 
 
-def _bytes(path: Path) -> int:
+def file_bytes(path: Path) -> int:
+    """Of a model and its external data."""
     return (
         sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
         if path.parent.name != "minilm"
