@@ -22,8 +22,8 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 
-# Those a search uses only when they are named: so far none was seen to gain what the others do not gain for less
-# (docs/depth.md), and each costs the search time.
+# Those a search uses only when they are named: so far none was seen to gain what the others do not gain for
+# less (docs/depth.md), and each costs the search time.
 ON_REQUEST = frozenset({"share", "flatten-blocks", "parallel-layers", "iterative-feature-merging"})
 
 
