@@ -26,12 +26,16 @@ FORMS = (
     "w8a8-dynamic",
     "w8",
     "w4",
+    "w2",
     "stored-w8",
     "stored-w4",
+    "stored-w3",
+    "stored-w2",
     "float16",
     "float16-compute",
 )
 _LINEAR = ("matmul", "gemm")
+_BLOCKS = ("w8", "w4", "w2")
 _RANGES = ("mse", "percentile", "minmax")
 Emitter = Callable[[Site, Option, Rewriter, Mapping[str, ir.Node]], ir.Value]
 
@@ -41,9 +45,14 @@ _EMITTERS: dict[tuple[str, str], Emitter] = {
     ("conv", "w8a8-dynamic"): dynamic.emit_conv,
     **{(kind, "w8a8-static"): static.emit_linear for kind in _LINEAR},
     **{(kind, "w8a8-dynamic"): dynamic.emit_linear for kind in _LINEAR},
-    **{(kind, name): weight_only.emit_blocks for kind in _LINEAR for name in ("w8", "w4")},
+    **{(kind, name): weight_only.emit_blocks for kind in _LINEAR for name in _BLOCKS},
     **{(kind, "stored-w8"): weight_only.emit_stored for kind in ("conv", "embedding", *_LINEAR)},
-    **{(kind, "stored-w4"): weight_only.emit_stored for kind in ("conv", *_LINEAR)},
+    **{
+        (kind, f"stored-w{bits}"): weight_only.emit_stored
+        for kind in ("conv", *_LINEAR)
+        for bits in (4, 3, 2)
+    },
+    ("embedding", "stored-w4"): weight_only.emit_stored,
     **{(kind, "float16"): float16.emit_stored for kind in ("conv", "embedding", *_LINEAR)},
     **{(kind, "float16-compute"): float16.emit_compute for kind in ("conv", *_LINEAR)},
     **{(kind, "w8a8-static"): carriers.emit_carrier for kind in CARRIERS},
@@ -55,9 +64,9 @@ class Quantize(Transform):
     """Compute or store weighted operators in fewer bits, one choice an operator.
 
     Options, where they apply and the target has kernels: ``w8a8-static`` (uint8 activations by calibrated
-    ranges, int8 weights a scale a channel), ``w8a8-dynamic`` (activation ranges at run time), ``w8`` and
-    ``w4`` (weights in blocks, fused kernels), ``stored-w8``, ``stored-w4`` and ``float16`` (weights small in
-    the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling, mean, Concat, Pad)
+    ranges, int8 weights a scale a channel), ``w8a8-dynamic`` (activation ranges at run time), ``w8``,
+    ``w4`` and ``w2`` (weights in blocks, fused kernels), ``stored-w8`` to ``stored-w2`` and ``float16``
+    (weights small in the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling, mean, Concat, Pad)
     offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare two conversions.
 
     Fires: Conv with the Relu or Clip behind it, Gemm, MatMul with a constant matrix on either side and the
@@ -95,7 +104,9 @@ class Quantize(Transform):
     axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory")
     needs: ClassVar[frozenset[Need]] = frozenset({"ranges"})
     name: ClassVar[str] = NAME
-    storage_only: ClassVar[frozenset[str]] = frozenset({"stored-w8", "stored-w4", "float16"})
+    storage_only: ClassVar[frozenset[str]] = frozenset(
+        {"stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16"}
+    )
 
     def __post_init__(self) -> None:
         unknown = [form for form in self.forms if form not in FORMS]
@@ -185,16 +196,16 @@ class Quantize(Transform):
             return Option(form) if array is not None and float16.fits_float16(array) else None
         if form in ("w8a8-dynamic", "stored-w8"):
             return Option(form, self._channels(bits, site, program, statistics))
-        parameters: dict[str, Any] = {
-            "weight_bits": 4 if form.endswith("w4") else 8,
-            "clipping": self.clipping,
-        }
-        if form in ("w8", "w4"):
+        width = int(form[-1])
+        parameters: dict[str, Any] = {"weight_bits": width, "clipping": self.clipping}
+        if form in _BLOCKS:
             if _is_left(site, program):
                 return None
-            return Option(form, {**parameters, "block": self.block, "opset": 21})
-        block = _dividing_block(site, program, self.block)
-        return None if block is None else Option(form, {**parameters, "block": block, "opset": 21})
+            return Option(form, {**parameters, "block": self.block, "opset": 25 if width == 2 else 21})
+        block = _stored_block(site, program, self.block)
+        if block is None:
+            return None
+        return Option(form, {**parameters, "block": block, "grid": "offset", "opset": _STORED_OPSET[width]})
 
     def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""
@@ -226,6 +237,8 @@ class Quantize(Transform):
         )
 
 
+# Types and operators the codes of a width are written with.
+_STORED_OPSET = {4: 21, 3: 13, 2: 13}
 _OPERATORS = {"conv": "Conv", "matmul": "MatMul", "gemm": "Gemm"}
 
 
@@ -262,10 +275,15 @@ def _is_left(site: Site, program: Program) -> bool:
     return linear_of(site, _nodes(site, program)).left
 
 
-def _dividing_block(site: Site, program: Program, block: int) -> int | None:
-    """The largest block of at least 8 that divides the reduction, so that blocks need no padding."""
+def _stored_block(site: Site, program: Program, block: int) -> int | None:
+    """The largest block of at least 8 that divides the reduction, so that blocks need no padding.
+
+    A table has one block a row, of an even number of elements: two codes share a byte.
+    """
     nodes = _nodes(site, program)
     index, axis = weight_place(site, nodes)
     array = constant_array(nodes[site.nodes[0]].inputs[index])
     depth = 0 if array is None else array.size // array.shape[axis]
+    if site.kind == "embedding":
+        return depth if depth % 2 == 0 else None
     return next((b for b in range(block, 7, -1) if depth and depth % b == 0), None)
