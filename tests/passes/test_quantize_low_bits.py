@@ -15,6 +15,7 @@ from lamina.passes.quantize.weights import quantize_blocks, quantize_offset
 
 rng = np.random.default_rng(8)
 OPSETS = (13, 17, 21, 25)
+CASES = ("matmul bias", "gemm transB", "depth not in blocks", "weight left", "depthwise")
 FORMS = ("w8", "w4", "w2", "stored-w8", "stored-w4", "stored-w3", "stored-w2")
 
 
@@ -54,7 +55,7 @@ def in_onnxruntime(prog, x):
 
 @pytest.mark.parametrize("opset", OPSETS)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("case", ["matmul bias", "gemm transB", "depth not in blocks", "weight left", "depthwise"])
+@pytest.mark.parametrize("case", CASES)
 def test_onnxruntime_and_the_reference_evaluator_agree(case, form, opset):
     if not form.startswith("stored") and case in ("weight left", "depthwise"):
         pytest.skip("block forms need a product with the weight on the right")

@@ -27,7 +27,7 @@ class Coded:
 
     Attributes:
         codes: int8 or uint8 ``[channels, k]``.
-        scale: float32 ``[channels, groups]``; a group is ``block`` neighbours of a row, the last may be short.
+        scale: float32 ``[channels, groups]``; a group is ``block`` neighbours of a row.
         zero: float32, of the shape of ``scale`` or ``[1, 1]``.
         block: Elements of a group.
         low: Least code.

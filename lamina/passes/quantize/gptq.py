@@ -1,9 +1,9 @@
 """Codes that answer for each other: rounding against second moments of what the operator reads.
 
 Rounding each weight by itself minimizes the error of the weight; what counts is that of the output, over
-inputs x: ``E = sum_rows d S d'``, d the error of a row, S the sum of x x'. All functions work on ``[g, n, k]``
-weights (groups of a convolution, else g = 1) and S ``[g, k, k]``, in float64, and read scales and zero points
-from the codes they start from.
+inputs x: ``E = sum_rows d S d'``, d the error of a row, S the sum of x x'. All functions work on weights
+``[g, n, k]`` (groups of a convolution, else g = 1) and S ``[g, k, k]``, in float64, and read scales and zero
+points from the codes they start from.
 """
 
 from __future__ import annotations

@@ -39,9 +39,7 @@ from lamina.passes.quantize.weights import QuantizedWeight, encode
 _LARGEST_BIAS = 2.0**30
 
 
-def channel_weights(
-    value: ir.Value, parameters: Mapping[str, Any], axis: int
-) -> tuple[QuantizedWeight, str]:
+def channel_weights(value: ir.Value, parameters: Mapping[str, Any], axis: int) -> tuple[QuantizedWeight, str]:
     """The weight in int8 with one scale for each index of ``axis``, and what names that content."""
     found, array = coded(value, parameters, axis), constant_array(value)
     assert array is not None

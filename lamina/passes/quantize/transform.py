@@ -66,8 +66,9 @@ class Quantize(Transform):
     Options, where they apply and the target has kernels: ``w8a8-static`` (uint8 activations by calibrated
     ranges, int8 weights a scale a channel), ``w8a8-dynamic`` (activation ranges at run time), ``w8``,
     ``w4`` and ``w2`` (weights in blocks, fused kernels), ``stored-w8`` to ``stored-w2`` and ``float16``
-    (weights small in the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling, mean, Concat, Pad)
-    offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare two conversions.
+    (weights small in the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling,
+    mean, Concat, Pad) offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare
+    two conversions.
 
     Fires: Conv with the Relu or Clip behind it, Gemm, MatMul with a constant matrix on either side and the
     bias Add behind it, Gather from a constant float table.

@@ -165,8 +165,8 @@ def _gather_nibbles(
 ) -> ir.Value:
     """Rows of 4-bit codes as float32.
 
-    No runtime gathers 4-bit types, so a byte holds two codes, half a row apart: Concat then puts them in order
-    without knowing how many dimensions the index has.
+    No runtime gathers 4-bit types, so a byte holds two codes, half a row apart: Concat then puts them in
+    order without knowing how many dimensions the index has.
     """
     half, name, kind = made.codes.shape[1] // 2, site.name, ir.DataType.UINT8
     raw = made.codes[:, :half] | (made.codes[:, half:] << np.uint8(4))

@@ -148,10 +148,10 @@ def quantize_offset(
 ) -> QuantizedWeight:
     """Quantize rows ``[n, k]`` in blocks along k to codes ``0 .. 2^bits - 1`` about one real zero point.
 
-    The zero point is in the middle of the codes, ``(2^bits - 1) / 2``, which lays the levels evenly about 0 and
-    loses none (at two bits a Gaussian block errs a third less than with a level at 0), or at a level,
-    ``2^(bits-1)``, where that errs less: weights with many zeros. Scales are numbers of float16 unless one does
-    not fit it; codes are the nearest for the scale as stored.
+    The zero point is in the middle of the codes, ``(2^bits - 1) / 2``, which lays the levels evenly about 0
+    (at two bits a Gaussian block errs a third less than with a level at 0), or at a level, ``2^(bits-1)``,
+    where that errs less: weights with many zeros. Scales are numbers of float16 unless one does not fit it;
+    codes are the nearest for the scale as stored.
 
     Returns:
         uint8 codes ``[n, k]``; float32 scales ``[n, ceil(k / block)]``; float32 zero point ``[1, 1]``.

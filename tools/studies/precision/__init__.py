@@ -1,0 +1,1 @@
+"""Damage against size of every precision form, beside the tools of others."""
