@@ -15,6 +15,7 @@ from lamina.planner.apply import removes
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
+from lamina.planner.rounding import round_plan
 from lamina.planner.search import Search
 from lamina.quality import evaluate, get_metric
 
@@ -28,14 +29,16 @@ _BEYOND = (1.4, 2.0, 3.0)
 
 
 def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
-    """The finalist with repaired weights, where they lower the measured damage on selection data.
+    """The finalist with better rounded and repaired weights, where they lower the damage on selection data.
 
-    Fits on calibration data, once a plan. Bytes and operators stay as they are; the final measurement is of
-    the repaired model all the same.
+    Rounding comes first: compensation fits what it leaves. Both look at calibration data, once a plan. Bytes
+    and operators stay as they are; the final measurement is of the repaired model all the same.
     """
-    genome, realized = finalist.candidate.genome, finalist.realized
-    if not realized.plan.moves or genome in builder.mended:
+    genome = finalist.candidate.genome
+    if not finalist.realized.plan.moves or genome in builder.mended:
         return finalist
+    finalist = round_plan(request, builder, finalist)
+    realized = finalist.realized
     original, start = builder.prepared.folded.program, time.perf_counter()
     if [p.name for p in original.inputs] != [p.name for p in realized.program.inputs]:
         return finalist  # a cache left with its attention: the two do not run on the same feeds

@@ -82,7 +82,7 @@ def coded(weight: ir.Value, parameters: Mapping[str, Any], axis: int) -> Coded:
         made: Coded = quantized(weight, name, lambda array: nearest(array, parameters, axis, name))
         return made
     given = parameters["codes"]
-    digest = hashlib.sha256(f"{given['codes']}{given['scale']}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{given['base64']}{given['scale']}".encode()).hexdigest()[:12]
     name = f"{form_name(parameters, axis)}.{digest}"
     found: Coded = quantized(weight, name, lambda array: _carried(array, parameters, axis, name))
     return found
@@ -127,7 +127,7 @@ def payload(made: Coded) -> dict[str, Any]:
     bits = (made.high - made.low).bit_length()
     raw = pack_bits((made.codes.astype(np.int16) - made.low).astype(np.uint8).reshape(-1), bits)
     return {
-        "codes": base64.b64encode(raw.tobytes()).decode("ascii"),
+        "base64": base64.b64encode(raw.tobytes()).decode("ascii"),
         "scale": packed(made.scale),
         "zero": packed(made.zero),
     }
@@ -142,7 +142,7 @@ def _carried(array: np.ndarray, parameters: Mapping[str, Any], axis: int, form: 
     low, high = (-limit, limit) if signed else (0, 2**bits - 1)
     block = int(parameters.get("block", width))
     try:
-        raw = np.frombuffer(base64.b64decode(given["codes"], validate=True), np.uint8)
+        raw = np.frombuffer(base64.b64decode(given["base64"], validate=True), np.uint8)
         flat = unpack_bits(raw, bits, channels * width).astype(np.int16) + low
         scale, zero = unpacked(given["scale"]), unpacked(given["zero"])
         fits = scale.shape == (channels, -(-width // block)) and zero.shape in ((1, 1), scale.shape)

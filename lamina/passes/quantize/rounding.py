@@ -6,6 +6,8 @@ codes go into the options' parameters, so a plan repeats them without data.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,6 +85,7 @@ def round_options(
     how: Rounding | None = None,
     *,
     threads: int | None = None,
+    seconds: float = math.inf,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Option]:
     """The options with codes that answer for what the operators read; others as they are.
@@ -96,6 +99,7 @@ def round_options(
         data: Calibration samples.
         how: Default: :class:`Rounding`.
         threads: Threads of a run.
+        seconds: When they are over, what is left keeps its nearest codes.
         progress: Called with operators done and in all.
 
     Returns:
@@ -118,8 +122,10 @@ def round_options(
     streams = Stream(feeds, threads=threads), Stream(feeds, threads=threads)
     known: dict[tuple[str, str], Coded] = {}
     settled: dict[str, None] = {}
-    done = 0
+    done, start = 0, time.perf_counter()
     for wave in _waves(program, work):
+        if time.perf_counter() - start > seconds:
+            break
         settled.update((w.operator.activation, None) for w in wave)
         sums = _moments(wave, current, program, streams, list(settled), batches, how)
         weights = {}
@@ -287,6 +293,25 @@ def refine(target: np.ndarray, moments: np.ndarray, start: Coded, how: Rounding)
     ridge = how.damp * np.einsum("gkk->gk", moments).mean(axis=1)
     damped = moments + ridge[:, None, None] * np.eye(moments.shape[1])
     return descend(target, damped, made, sweeps=how.sweeps)
+
+
+def round_alone(option: Option, operator: WeightedOperator, program: Program, moments: np.ndarray) -> Option:
+    """One option with codes for inputs as the original makes them: what a search can measure beforehand.
+
+    Args:
+        option: With integer weights.
+        operator: Its operator.
+        program: Holds the weight.
+        moments: Sum of x x' of what the operator reads, float64 ``[g, k, k]``.
+    """
+    how = Rounding(option.parameters["rounding"], propagate=0.0)
+    array = constant_array(program.graph.initializers[operator.weight])
+    assert array is not None
+    axis = int(operator.kind != "conv" and operator.flipped)
+    start = nearest(array, option.parameters, axis)
+    rows = to_rows(array, axis).astype(np.float64)
+    made = refine(rows.reshape(len(moments), -1, rows.shape[1]), moments, start, how)
+    return replace(option, parameters={**option.parameters, "codes": payload(made)})
 
 
 def _missing(target: np.ndarray, moments: np.ndarray, cross: np.ndarray, damp: float) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from lamina.passes.quantize import carriers, dynamic, float16, static, weight_on
 from lamina.passes.quantize.activations import activation_range, shares_mean, value_named
 from lamina.passes.quantize.graph import FLOAT, constant_array
 from lamina.passes.quantize.linear import linear_of
+from lamina.passes.quantize.rounding import METHODS, round_alone
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
 from lamina.passes.quantize.weight_only import weight_place
 from lamina.passes.quantize.weights import CLIPPINGS, Clipping
@@ -89,6 +90,9 @@ class Quantize(Transform):
         dynamic_conv: Offer ``w8a8-dynamic`` for Conv (ConvInteger: 6 to 9 times slower where measured).
         carriers: Offer the operators that carry int8 between convolutions.
         minimum_reduction: Fewest products an output sums for an operator to be worth it.
+        rounding: How integer codes are chosen where the statistics hold what an operator reads (the need
+            ``INPUTS``): ``nearest``, ``gptq`` or ``descent``. A finished plan is rounded anew, operator after
+            operator, whatever this says (:mod:`lamina.passes.quantize.rounding`).
     """
 
     forms: tuple[str, ...] = FORMS
@@ -99,6 +103,7 @@ class Quantize(Transform):
     dynamic_conv: bool = False
     carriers: bool = True
     minimum_reduction: int = 4
+    rounding: str = "nearest"
 
     effect: ClassVar[Effect] = Lossy()
     paper: ClassVar[str] = "arXiv:1712.05877"
@@ -119,6 +124,8 @@ class Quantize(Transform):
             raise PassError(
                 f"weight clipping '{self.clipping}' is unknown", advice=f"choose one of {CLIPPINGS}"
             )
+        if self.rounding not in METHODS:
+            raise PassError(f"rounding '{self.rounding}' is unknown", advice=f"choose one of {METHODS}")
         if self.block not in (16, 32, 64, 128, 256):
             raise PassError(f"block={self.block} is not possible", advice="choose 16, 32, 64, 128 or 256")
 
@@ -144,7 +151,7 @@ class Quantize(Transform):
                 continue
             option = self._option(form, site, program, statistics, self._weight_bits(form, target))
             if option is not None:
-                found.append(option)
+                found.append(self._rounded(option, site, program, statistics))
         return tuple(found)
 
     def emit(
@@ -207,6 +214,13 @@ class Quantize(Transform):
         if block is None:
             return None
         return Option(form, {**parameters, "block": block, "grid": "offset", "opset": _STORED_OPSET[width]})
+
+    def _rounded(self, option: Option, site: Site, program: Program, statistics: Any) -> Option:
+        seen = (getattr(statistics, "inputs", None) or {}).get(site.nodes[0])
+        if self.rounding == "nearest" or seen is None or "weight_bits" not in option.parameters:
+            return option
+        named = replace(option, parameters={**option.parameters, "rounding": self.rounding})
+        return round_alone(named, statistics.operators[site.nodes[0]], program, seen.moments)
 
     def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""
