@@ -17,6 +17,7 @@ import onnx_ir as ir
 from lamina.errors import PassError
 from lamina.passes.quantize.bits import pack_bits, unpack_bits
 from lamina.passes.quantize.graph import constant_array, quantized
+from lamina.passes.quantize.higgs import gaussian_levels, quantize_rotated, rotation
 from lamina.passes.quantize.weights import quantize_blocks, quantize_channels, quantize_offset
 from lamina.passes.repair import packed, unpacked
 
@@ -33,6 +34,7 @@ class Coded:
         low: Least code.
         high: Largest code.
         form: Names everything the content depends on besides the weight.
+        levels: float32 ``[2^bits]`` of codes that number levels, in rotated blocks (higgs); else None.
     """
 
     codes: np.ndarray
@@ -42,9 +44,13 @@ class Coded:
     low: int
     high: int
     form: str = ""
+    levels: np.ndarray | None = None
 
     def rows(self) -> np.ndarray:
         """The values, float32 ``[channels, k]``."""
+        if self.levels is not None:
+            turned = (self.levels[self.codes] * self.spread(self.scale)).reshape(-1, self.block)
+            return np.asarray((turned @ rotation(self.block)).reshape(self.codes.shape), np.float32)
         real = (self.codes.astype(np.float32) - self.spread(self.zero)) * self.spread(self.scale)
         return np.asarray(real, np.float32)
 
@@ -107,6 +113,10 @@ def nearest(array: np.ndarray, parameters: Mapping[str, Any], axis: int, form: s
         none = np.zeros((1, 1), np.float32)
         return Coded(rows, made.scale[:, None], none, rows.shape[1], -limit, limit, form)
     block, rows = int(parameters["block"]), to_rows(array, axis)
+    if parameters.get("grid") == "higgs":
+        made, none = quantize_rotated(rows, block=block, bits=bits), np.zeros((1, 1), np.float32)
+        levels = gaussian_levels(bits)
+        return Coded(made.codes, made.scale, none, block, 0, 2**bits - 1, form, levels)
     if parameters.get("grid") == "offset":
         made = quantize_offset(rows, block=block, bits=bits, clipping=clipping)
         assert made.zero_point is not None

@@ -176,6 +176,8 @@ def _work(program: Program, chosen: Chosen, feeds: Mapping[str, np.ndarray]) -> 
         operator = operators.get(site.nodes[0])
         if operator is None or "weight_bits" not in option.parameters:
             continue
+        if option.parameters.get("grid") == "higgs":
+            continue  # its codes are not even steps, and of rotated weights
         if operator.weight in program.graph.initializers:
             found.append(_Work(site, option, operator))
     return found

@@ -91,8 +91,10 @@ class Quantize(Transform):
         carriers: Offer the operators that carry int8 between convolutions.
         minimum_reduction: Fewest products an output sums for an operator to be worth it.
         rounding: How integer codes are chosen where the statistics hold what an operator reads (the need
-            ``INPUTS``): ``nearest``, ``gptq`` or ``descent``. A finished plan is rounded anew, operator after
-            operator, whatever this says (:mod:`lamina.passes.quantize.rounding`).
+            ``INPUTS``): ``nearest``, ``gptq`` or ``descent``. ``higgs`` needs no data: stored forms of 4 to 2
+            bits are rotated and rounded to the best grid for a Gaussian. A finished plan is rounded anew,
+            operator after operator, whatever this says (:mod:`lamina.passes.quantize.rounding`), but for
+            what is rotated.
     """
 
     forms: tuple[str, ...] = FORMS
@@ -124,8 +126,9 @@ class Quantize(Transform):
             raise PassError(
                 f"weight clipping '{self.clipping}' is unknown", advice=f"choose one of {CLIPPINGS}"
             )
-        if self.rounding not in METHODS:
-            raise PassError(f"rounding '{self.rounding}' is unknown", advice=f"choose one of {METHODS}")
+        if self.rounding not in (*METHODS, "higgs"):
+            names = f"choose one of {(*METHODS, 'higgs')}"
+            raise PassError(f"rounding '{self.rounding}' is unknown", advice=names)
         if self.block not in (16, 32, 64, 128, 256):
             raise PassError(f"block={self.block} is not possible", advice="choose 16, 32, 64, 128 or 256")
 
@@ -213,11 +216,16 @@ class Quantize(Transform):
         block = _stored_block(site, program, self.block)
         if block is None:
             return None
-        return Option(form, {**parameters, "block": block, "grid": "offset", "opset": _STORED_OPSET[width]})
+        grid = "offset"
+        if self.rounding == "higgs" and site.kind != "embedding":
+            # the rotation needs a power of two
+            turned = block & -block
+            block, grid = (turned, "higgs") if turned >= 8 else (block, grid)
+        return Option(form, {**parameters, "block": block, "grid": grid, "opset": _STORED_OPSET[width]})
 
     def _rounded(self, option: Option, site: Site, program: Program, statistics: Any) -> Option:
         seen = (getattr(statistics, "inputs", None) or {}).get(site.nodes[0])
-        if self.rounding == "nearest" or seen is None or "weight_bits" not in option.parameters:
+        if self.rounding not in METHODS[1:] or seen is None or "weight_bits" not in option.parameters:
             return option
         named = replace(option, parameters={**option.parameters, "rounding": self.rounding})
         return round_alone(named, statistics.operators[site.nodes[0]], program, seen.moments)

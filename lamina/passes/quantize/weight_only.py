@@ -21,6 +21,7 @@ from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize.bits import emit_codes
 from lamina.passes.quantize.coded import Coded, coded
 from lamina.passes.quantize.graph import FLOAT, attributes, common, constant_array, shared
+from lamina.passes.quantize.higgs import rotation
 from lamina.passes.quantize.linear import linear_of
 from lamina.passes.quantize.static import channel_weights
 
@@ -114,10 +115,7 @@ def _stored_blocks(rewriter: Rewriter, weight: ir.Value, made: Coded, bits: int,
         real = rewriter.op("Cast", [codes], {"to": int(FLOAT)}, name=f"{weight.name}.cast", dtype=FLOAT)
     else:
         real = emit_codes(rewriter, weight, made.form, made.codes, bits, shape)
-    zero = common(rewriter, made.zero.reshape(()), f"lamina.zero{float(made.zero[0, 0])!r}")
-    real = rewriter.op("Sub", [real, zero], name=f"{weight.name}.offset", dtype=FLOAT)
-    scale = _scales(rewriter, weight, made)
-    real = rewriter.op("Mul", [real, scale], name=f"{weight.name}.scaled", dtype=FLOAT)
+    real = _scaled(rewriter, weight, made, real)
     dims = rewriter.constant(np.array(moved.shape, np.int64), f"{weight.name}.shape")
     real = rewriter.op("Reshape", [real, dims], name=f"{weight.name}.reshape", dtype=FLOAT)
     if axis == 0:
@@ -125,6 +123,22 @@ def _stored_blocks(rewriter: Rewriter, weight: ir.Value, made: Coded, bits: int,
     order = list(np.argsort([axis, *(i for i in range(array.ndim) if i != axis)]))
     flags = {"perm": [int(i) for i in order]}
     return rewriter.op("Transpose", [real], flags, name=f"{weight.name}.transpose", dtype=FLOAT)
+
+
+def _scaled(rewriter: Rewriter, weight: ir.Value, made: Coded, codes: ir.Value) -> ir.Value:
+    """Codes as float32 ``[channels, blocks, block]`` -> what they stand for."""
+    name = weight.name
+    if made.levels is None:
+        zero = common(rewriter, made.zero.reshape(()), f"lamina.zero{float(made.zero[0, 0])!r}")
+        real = rewriter.op("Sub", [codes, zero], name=f"{name}.offset", dtype=FLOAT)
+        return rewriter.op("Mul", [real, _scales(rewriter, weight, made)], name=f"{name}.scaled", dtype=FLOAT)
+    kind = ir.DataType.INT32
+    index = rewriter.op("Cast", [codes], {"to": int(kind)}, name=f"{name}.index", dtype=kind)
+    levels = common(rewriter, made.levels, f"lamina.levels{len(made.levels)}")
+    real = rewriter.op("Gather", [levels, index], {"axis": 0}, name=f"{name}.levels", dtype=FLOAT)
+    real = rewriter.op("Mul", [real, _scales(rewriter, weight, made)], name=f"{name}.scaled", dtype=FLOAT)
+    matrix = common(rewriter, rotation(made.block), f"lamina.rotation{made.block}")
+    return rewriter.op("MatMul", [real, matrix], name=f"{name}.turned", dtype=FLOAT)
 
 
 def _scales(rewriter: Rewriter, weight: ir.Value, made: Coded) -> ir.Value:

@@ -164,7 +164,7 @@ def quantize_offset(
     best: tuple[float, np.ndarray, np.ndarray, float] | None = None
     for zero in (top / 2, 2.0 ** (bits - 1)):
         scale = np.concatenate([_offset_scale(blocks[p], zero, top, clipping) for p in _chunks(blocks)])
-        scale = _halves(scale)
+        scale = halves(scale)
         codes = np.clip(np.rint(blocks / scale[:, None] + np.float32(zero)), 0, top)
         error = float(np.square((codes - np.float32(zero)) * scale[:, None] - blocks).sum(dtype=np.float64))
         if best is None or error < best[0]:
@@ -175,7 +175,7 @@ def quantize_offset(
     return QuantizedWeight(shaped, scale.reshape(len(rows), count), np.full((1, 1), zero, np.float32))
 
 
-def _halves(scale: np.ndarray) -> np.ndarray:
+def halves(scale: np.ndarray) -> np.ndarray:
     """Scales rounded to float16, in float32, where all of them are normal numbers there."""
     limits = np.finfo(np.float16)
     fits = scale.size and scale.min() >= limits.tiny and scale.max() <= limits.max

@@ -23,11 +23,11 @@ from lamina.planner.plan import Move
 Scheme = Callable[[Program, Dataset], onnx.ModelProto]
 
 
-def ours(form: str, method: str, *, clipping: str = "mse", **how: Any) -> Scheme:
+def ours(form: str, method: str, *, clipping: str = "mse", rounding: str = "nearest", **how: Any) -> Scheme:
     """Every Conv, Gemm and MatMul in one form; ``method`` of :class:`Rounding`. Tables stay float."""
 
     def make(program: Program, data: Dataset) -> onnx.ModelProto:
-        quantize = Quantize(forms=(form,), clipping=clipping)  # type: ignore[arg-type]
+        quantize = Quantize(forms=(form,), clipping=clipping, rounding=rounding)  # type: ignore[arg-type]
         chosen: list[tuple[Site, Option]] = []
         for site in quantize.sites(program):
             if isinstance(site, Site) and site.kind != "embedding":
@@ -87,6 +87,7 @@ for _bits in (4, 3, 2):
     _form = f"stored-w{_bits}"
     SCHEMES[f"{_form} minmax"] = (_bits, "peer", ours(_form, "nearest", clipping="minmax"))
     SCHEMES[f"{_form} nearest"] = (_bits, "lamina", ours(_form, "nearest"))
+    SCHEMES[f"{_form} higgs"] = (_bits, "lamina", ours(_form, "nearest", rounding="higgs"))
     SCHEMES[f"{_form} gptq"] = (_bits, "lamina", ours(_form, "gptq", propagate=0.0))
     SCHEMES[f"{_form} gptq+qep"] = (_bits, "lamina", ours(_form, "gptq"))
     SCHEMES[f"{_form} descent"] = (_bits, "lamina", ours(_form, "descent"))
