@@ -83,7 +83,7 @@ def descend(
         sweeps: Most passes over all columns.
         scales: Whether scales move too.
 
-    Cost: O(sweeps g n k^2). Source: Behdin et al. 2023, arXiv:2309.01885 (QuantEase, eq. 10). Deviates: it
+    Cost: O(sweeps g n k^2). Source: Behdin et al. 2023, arXiv:2309.01885 (QuantEase). Deviates: it
     starts from :func:`gptq`, and scales are refitted, which that paper leaves fixed.
     """
     groups, _, width = target.shape

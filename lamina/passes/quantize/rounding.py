@@ -40,13 +40,13 @@ class Rounding:
     Attributes:
         method: ``nearest``; ``gptq``; or ``descent``: gptq, then coordinate descent on codes and scales.
         propagate: Share, 0 to 1, of the error that earlier operators made which a later one makes up for
-            (qep, arXiv:2504.09629, eq. 9); 0 rounds for the values each operator should have read.
+            (qep, arXiv:2504.09629); 0 rounds for the values each operator should have read.
         rows: Samples to look at.
         vectors: Input vectors of an operator that enter its second moments, at least four times its width.
         sweeps: Most passes of the descent.
         damp: Added to the diagonal of the second moments, of its mean.
-        weights: Extra or input ``[n, t]`` of the data that weighs tokens: row x counts ``r^2 x x'`` (rsq,
-            arXiv:2503.01820: r is the attention a token receives); None: all alike, padding none.
+        weights: Extra or input ``[n, t]`` of the data that weighs tokens: row x counts ``r^2 x x'`` (rsq:
+            :func:`lamina.passes.quantize.token_weights.attention_received`); None: all alike, padding none.
     """
 
     method: str = "descent"
