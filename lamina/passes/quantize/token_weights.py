@@ -18,8 +18,8 @@ def attention_received(
     """Weight of each token, ``least`` to 1 within a sample; what :attr:`Rounding.weights` names.
 
     Attention maps are outputs of Softmax ``[b, heads, t, t]``, rows summing to 1 over keys. A token's score
-    is the sum of its column, averaged over heads and maps; scores of a sample are stretched to ``least .. 1``.
-    Padding gets 0.
+    is the sum of its column, averaged over heads and maps; scores of a sample are stretched to
+    ``least .. 1``. Padding gets 0.
 
     Args:
         program: A model with attention; left unchanged.
