@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from quantize_tools import bytes_of, program, relative_error, run, sites
 
+from lamina.analysis.needs import Need
+from lamina.analysis.statistics import collect
 from lamina.data import Dataset
 from lamina.errors import PassError
 from lamina.passes.pass_ import Option
@@ -179,8 +181,12 @@ def test_a_weight_that_operators_share_is_rounded_and_stored_once():
     made = moves(prog, "stored-w8", Dataset({"x0": tokens(20)}, {}, 8), Rounding())
     first, second = (m.option.parameters["codes"] for m in made)
     assert first == second
-    stored = apply_moves(prog, made).graph.initializers.values()
-    assert [v.const_value.size for v in stored].count(weight.size) == 1
+    seen = collect(prog, Dataset({"x0": tokens(20)}, {}, 8), needs=[Need.INPUTS], threads=1)
+    quantize = Quantize(forms=("stored-w8",), rounding="gptq")
+    offered = tuple(Move(s, *quantize.options(s, prog, seen, None)) for s in sites(prog).values())
+    for found in (made, offered):
+        stored = apply_moves(prog, found).graph.initializers.values()
+        assert [v.const_value.size for v in stored].count(weight.size) == 1
 
 
 def test_options_without_integer_weights_stay_as_they_are():
@@ -213,9 +219,6 @@ def test_codes_of_another_weight_are_refused():
 
 
 def test_the_transform_offers_rounded_codes_where_inputs_are_known():
-    from lamina.analysis.needs import Need
-    from lamina.analysis.statistics import collect
-
     prog, x = program(mlp, ("b", "t", 32)), tokens(30)
     seen = collect(prog, Dataset({"x0": tokens(20)}, {}, 8), needs=[Need.INPUTS], threads=1)
     expected = run(prog, x)

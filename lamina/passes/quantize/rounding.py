@@ -25,7 +25,7 @@ from lamina.ir.names import reads
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes.pass_ import Option, Site
-from lamina.passes.quantize.coded import Coded, coded, from_rows, nearest, payload, to_rows
+from lamina.passes.quantize.coded import Coded, coded, form_name, from_rows, nearest, payload, to_rows
 from lamina.passes.quantize.gptq import DAMP, descend, gptq
 from lamina.passes.quantize.graph import constant_array
 
@@ -130,7 +130,7 @@ def round_options(
         sums = _moments(wave, current, program, streams, list(settled), batches, how)
         weights = {}
         for item in wave:
-            key = item.operator.weight, repr(sorted(item.option.parameters.items(), key=str))
+            key = item.operator.weight, form_name(item.option.parameters, item.axis)
             array = constant_array(program.graph.initializers[item.operator.weight])
             assert array is not None
             if key not in known:

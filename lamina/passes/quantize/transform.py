@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
 from lamina.errors import PassError
@@ -228,7 +229,16 @@ class Quantize(Transform):
         if self.rounding not in METHODS[1:] or seen is None or "weight_bits" not in option.parameters:
             return option
         named = replace(option, parameters={**option.parameters, "rounding": self.rounding})
-        return round_alone(named, statistics.operators[site.nodes[0]], program, seen.moments)
+        operator = statistics.operators[site.nodes[0]]
+        # who shares a weight shares its codes
+        readers = [
+            statistics.inputs[name].moments
+            for name, other in statistics.operators.items()
+            if name in statistics.inputs
+            and (other.weight, other.flipped, other.group)
+            == (operator.weight, operator.flipped, operator.group)
+        ]
+        return round_alone(named, operator, program, np.sum(readers, axis=0))
 
     def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""
