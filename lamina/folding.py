@@ -203,7 +203,7 @@ def _run(
         return job.proven(job.plain)
     cases = parse_workload(workload, program, dataset)
     with _Clock(backend, aim, cases, program.model) as clock:
-        return job.proven(lambda without: job.measured(clock, without))
+        return job.proven(lambda without: job.measured(clock, without), alone=True)
 
 
 class _Clock:
@@ -236,22 +236,27 @@ class _Job:
     candidates: tuple[str, ...] | None
     progress: Progress
 
-    def proven(self, make: Callable[[tuple[str, ...]], FoldResult]) -> FoldResult:
-        """Fold, run, verify; a pass that breaks something is left out and folding starts again."""
-        oracle = Oracle(self.program, self.dataset)
+    def proven(self, make: Callable[[tuple[str, ...]], FoldResult], *, alone: bool = False) -> FoldResult:
+        """Fold, run, verify; a pass that breaks something is left out and folding starts again.
+
+        Args:
+            make: Folds without the passes of these names.
+            alone: Whether it measures time, so that nothing may run beside it.
+        """
         banned: dict[str, str] = {}
-        while True:
-            with self.progress.stage("fold"):
-                result = make(tuple(banned))
-            with self.progress.stage("check"):
-                check = oracle.check(result.program)
-                fault = oracle.fault(result.program, check)
-                if fault is not None and result.names:
+        with Oracle(self.program, self.dataset) as oracle:
+            if alone:
+                oracle.wait()
+            while True:
+                with self.progress.stage("fold"):
+                    result = make(tuple(banned))
+                with self.progress.stage("check"):
+                    check, fault = oracle.judge(result.program)
+                    if fault is None or not result.names:
+                        break
                     banned[oracle.culprit(result.names)] = fault
-                    continue
-            if fault is not None and check.equal is not False:
-                raise VerificationError(fault, advice="this is a bug in lamina: report it with the model")
-            break
+        if fault is not None and check.equal is not False:
+            raise VerificationError(fault, advice="this is a bug in lamina: report it with the model")
         left_out = tuple({"pass": load(n).name, "reason": reason} for n, reason in banned.items())
         seconds = dict(self.progress.seconds)
         return replace(result, check=check, undone=(*result.undone, *left_out), seconds=seconds)

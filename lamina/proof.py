@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from lamina.backends import get_backend
@@ -41,6 +42,10 @@ class Check:
 class Oracle:
     """Runs the original in ONNX Runtime, every optimization off, beside programs made from it.
 
+    The runtime takes a second to load a deep model and holds no lock of Python's meanwhile: it loads the
+    original while the caller folds, and a candidate while onnx's checker looks at it. As a context manager it
+    waits for what is still loading.
+
     Args:
         program: The original; at least what decides is run again for every check.
         data: Samples to run besides generated inputs.
@@ -50,22 +55,47 @@ class Oracle:
     def __init__(self, program: Program, data: Dataset | None = None, samples: int = SAMPLES) -> None:
         self._program, self._data, self._samples = program, data, samples
         self._backend = get_backend(REFERENCE)
-        self._original: Executable | None = None
-        self._unusable: str | None = None
+        self._pool = ThreadPoolExecutor(1, "lamina-oracle")
+        self._original: Future[Executable] = self._pool.submit(self._load_original)
 
-    def check(self, other: Program) -> Check:
-        """Run both on the same inputs and compare every output within its dtype's rounding."""
+    def __enter__(self) -> Oracle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def wait(self) -> None:
+        """Return once the original is loaded or cannot be: from here on nothing of this runs by itself."""
+        wait([self._original])
+
+    def judge(self, other: Program) -> tuple[Check, str | None]:
+        """What running ``other`` shows, and why it must not ship: its function, or what the checker says.
+
+        Both models run on the same inputs; every output is compared within its dtype's rounding.
+        """
+        loading = self._pool.submit(self._backend.compile, other.model, REFERENCE)
+        fault = None
+        try:
+            check_model(other)
+        except VerificationError as error:
+            fault = error.what
+        check = self._check(other, loading)
+        return check, (check.reason or "the outputs differ") if check.equal is False else fault
+
+    def _check(self, other: Program, loading: Future[Executable]) -> Check:
         interface = differing_interface(self._program, other)
         if interface:
             return Check(False, reason=interface[0])
         random = random_nodes(self._program, other)
         if random:
             return Check(None, reason=f"{random[0]} draws random numbers")
-        original = self._compiled()
-        if original is None:
-            return Check(None, reason=self._unusable)
         try:
-            candidate = self._backend.compile(other.model, REFERENCE)
+            original = self._original.result()
+        except LaminaError as error:
+            said = error.what.splitlines()[0]
+            return Check(None, reason=f"the original could not be run: {said}")
+        try:
+            candidate = loading.result()
         except BackendError as error:
             return Check(False, reason=error.what)
         names = [port.name for port in self._program.outputs]
@@ -84,18 +114,8 @@ class Oracle:
         worst = max(f.max_rel for f in found)
         return Check(not wrong, tally.samples, worst, wrong[0] if wrong else None)
 
-    def fault(self, other: Program, check: Check) -> str | None:
-        """Why ``other`` must not ship: its function, by ``check``, or else what the checker says of it."""
-        if check.equal is False:
-            return check.reason or "the outputs differ"
-        try:
-            check_model(other)
-        except VerificationError as error:
-            return error.what
-        return None
-
     def culprit(self, names: Sequence[str]) -> str:
-        """The pass out of ``names``, which together have a :meth:`fault`, after which there is one.
+        """The pass out of ``names``, which together have a fault by :meth:`judge`, after which there is one.
 
         Bisection: the passes before it leave none.
         """
@@ -103,7 +123,7 @@ class Oracle:
         while high - low > 1:
             middle = (low + high) // 2
             program = apply_named(self._program, names[:middle])
-            if self.fault(program, self.check(program)) is not None:
+            if self.judge(program)[1] is not None:
                 high = middle
             else:
                 low = middle
@@ -112,11 +132,6 @@ class Oracle:
     def _trials(self) -> Iterator[Trial]:
         return trials(self._program, self._data, self._samples, seed=0)
 
-    def _compiled(self) -> Executable | None:
-        if self._original is None and self._unusable is None:
-            try:
-                self._program.require_tensors()
-                self._original = self._backend.compile(self._program.model, REFERENCE)
-            except LaminaError as error:
-                self._unusable = f"the original could not be run: {error.what.splitlines()[0]}"
-        return self._original
+    def _load_original(self) -> Executable:
+        self._program.require_tensors()
+        return self._backend.compile(self._program.model, REFERENCE)

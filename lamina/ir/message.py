@@ -57,8 +57,7 @@ class _Writer:
                 if not value.is_graph_input():
                     self._describe(proto.input, value)
             elif value.const_value is not None:
-                value.const_value.name = value.name
-                _write_tensor(proto.initializer, value.const_value)
+                _write_tensor(proto.initializer, value.const_value, value.name)
         for node in graph:
             _write_node(proto.node, node)
             if self._described or node.domain not in STANDARD:
@@ -84,12 +83,15 @@ class _Writer:
         info.type.CopyFrom(kind)
 
 
-def _write_tensor(tensors: Any, tensor: ir.TensorProtocol) -> None:
+def _write_tensor(tensors: Any, tensor: ir.TensorProtocol, name: str | None) -> None:
+    # the name is the value's: models share tensors, and another thread may be at work on one of them
     if type(tensor) is ir.Tensor and tensor.dtype.bitwidth >= 8 and tensor.dtype is not ir.DataType.STRING:
         data, dims = tensor.tobytes(), tensor.shape.dims
-        tensors.add(name=tensor.name, data_type=int(tensor.dtype), dims=dims, raw_data=data)
+        tensors.add(name=name, data_type=int(tensor.dtype), dims=dims, raw_data=data)
     else:
-        ir.serde.serialize_tensor_into(tensors.add(), from_=tensor)
+        proto = tensors.add()
+        ir.serde.serialize_tensor_into(proto, from_=tensor)
+        proto.name = name or ""
 
 
 def _tensor_type(dtype: ir.DataType | None, dims: tuple[int | str | None, ...] | None) -> onnx.TypeProto:

@@ -13,6 +13,7 @@ from lamina.passes.fold.linear import Array, wide
 
 AFFINE: tuple[str, ...] = ("Mul", "Div", "Add", "Sub", "Neg", "BatchNormalization")
 _FLOATS = ("float16", "float32", "float64")
+_ONE, _ZERO = np.ones(()), np.zeros(())
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,19 @@ def _flat(array: Array, rank: int | None, axis: int, channels: int) -> Array | N
 
 def affine_at(node: ir.Node | None) -> Affine | None:
     """``node`` as an affine operator with constant coefficients, or None."""
-    if node is None or not is_op(node, *AFFINE) or is_fenced(node):
+    if node is None or not is_op(node, *AFFINE):
         return None
     if node.op_type == "BatchNormalization":
-        return _normalization(node)
-    one, zero = np.ones(()), np.zeros(())
+        return None if is_fenced(node) else _normalization(node)
     if node.op_type == "Neg":
-        source = node.inputs[0]
-        known = source is not None and source.dtype is not None and source.dtype.is_floating_point()
-        return Affine(node, source, -one, zero, ()) if known and source is not None else None
+        return _negation(node)
     first, second = node.inputs[0], node.inputs[1]
-    left, right = constant(first), constant(second)
-    if first is None or second is None or (left is None) == (right is None):
+    if first is None or second is None or (first.const_value is None and second.const_value is None):
         return None
+    left, right = constant(first), constant(second)
+    if (left is None) == (right is None) or is_fenced(node):
+        return None
+    one, zero = _ONE, _ZERO
     source, operand, array = (first, second, right) if left is None else (second, first, left)
     if array is None or array.dtype.name not in _FLOATS or not array.size:
         return None
@@ -108,6 +109,14 @@ def affine_at(node: ir.Node | None) -> Affine | None:
         return None
     with np.errstate(divide="ignore"):
         return Affine(node, source, 1 / number, zero, (operand,))
+
+
+def _negation(node: ir.Node) -> Affine | None:
+    source = node.inputs[0]
+    known = source is not None and source.dtype is not None and source.dtype.is_floating_point()
+    if source is None or not known or is_fenced(node):
+        return None
+    return Affine(node, source, -_ONE, _ZERO, ())
 
 
 def _normalization(node: ir.Node) -> Affine | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from lamina.ir.names import every_node
 from lamina.passes.fold.library import LibraryFold
 from lamina.passes.pass_ import Effect, Rounding
 
@@ -58,12 +60,25 @@ class SimplifyPatterns(LibraryFold):
     def run(self, model: ir.Model) -> None:
         """Call the library."""
         from onnxscript.rewriter import RewritePass
-        from onnxscript.rewriter.rules import common
 
-        # trap: this rule writes allowzero, which Reshape has since opset 14
-        skipped = {"materialize_reshape_shape_rule"} if model.opset_imports.get("", 1) < 14 else set()
-        rules = [getattr(common, name) for name in RULES if name not in skipped]
-        RewritePass([_ByRoot([*_neutral_rules(), *rules])])(model)
+        RewritePass([_rules(model)])(model)
+
+    def idle(self, model: ir.Model) -> bool:
+        """Whether no rule matches anywhere: a second run that finds nothing cost as much as the first."""
+        rules = _rules(model)
+        return not any(rules.matches(model, node) for node in every_node(model.graph))
+
+
+def _rules(model: ir.Model) -> _ByRoot:
+    # trap: this rule writes allowzero, which Reshape has since opset 14
+    return _rules_without("materialize_reshape_shape_rule" if model.opset_imports.get("", 1) < 14 else None)
+
+
+@cache
+def _rules_without(skipped: str | None) -> _ByRoot:
+    from onnxscript.rewriter.rules import common
+
+    return _ByRoot([*_neutral_rules(), *(getattr(common, name) for name in RULES if name != skipped)])
 
 
 class _ByRoot:
@@ -91,10 +106,18 @@ class _ByRoot:
             if rule.graph_post_visitor:
                 rule.graph_post_visitor()
 
-    def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
+    def matches(self, model: ir.Model, node: ir.Node) -> bool:
+        """Whether a rule's pattern is there and its condition holds; reads only."""
+        return any(rule.match(model, node.graph, node) for rule in self._possible(node))
+
+    def _possible(self, node: ir.Node) -> Iterator[Any]:
         for rule, needs in self._by_root.get(node.op_type, ()):
-            possible = all([need.is_met(node) for need in needs])
-            delta = rule.try_rewrite(model, graph, node, **options) if possible else None
+            if all([need.is_met(node) for need in needs]):
+                yield rule
+
+    def try_rewrite(self, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
+        for rule in self._possible(node):
+            delta = rule.try_rewrite(model, graph, node, **options)
             if delta is not None:
                 self.remove_nodes, self.as_function, self.name = (
                     rule.remove_nodes,

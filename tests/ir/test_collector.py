@@ -1,0 +1,45 @@
+"""The collector rests meanwhile and finds all garbage afterwards."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+from lamina.ir.collector import collector_paused
+
+
+class _Knot:
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_garbage_made_meanwhile_is_found_later() -> None:
+    with collector_paused():
+        assert not gc.isenabled()
+        seen = weakref.ref(_Knot())
+        assert seen() is not None
+    assert gc.isenabled()
+    gc.collect()
+    assert seen() is None
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with collector_paused():
+            made = _Knot()
+        assert gc.get_freeze_count() == count
+        assert made.me is made
+    finally:
+        gc.unfreeze()
+
+
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with collector_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
