@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lamina.backends.backend import run_of
-from lamina.errors import DataError, PassError
+from lamina.errors import DataError, LaminaError
 from lamina.ir.program import Program
 from lamina.passes.quantize.rounding import round_options
 from lamina.planner.apply import apply_drops, apply_rest, removes
@@ -31,32 +31,38 @@ def round_plan(request: Request, builder: Builder, finalist: Finalist) -> Finali
     if genome in builder.rounded or not any("weight_bits" in m.option.parameters for m in moves):
         return finalist
     start = time.perf_counter()
-    rest = [m for m in moves if not removes(m)]
-    program = apply_drops(builder.prepared.folded.program, moves)
     try:
-        chosen = [(m.site, m.option) for m in rest]
-        data = request.splits.calibration
-        options = round_options(program, chosen, data, seconds=_SHARE * request.seconds)
+        made = _rounded(request, builder, realized)
     except DataError:  # too little calibration data
         return finalist
-    except PassError as error:  # a bug in rounding costs the rounding, not the run
+    except LaminaError as error:  # a bug in rounding costs the rounding, not the run
         builder.prepared.undone.append({"pass": "rounding", "where": "plan", "reason": error.what})
         return finalist
-    count = sum(o is not m.option for m, o in zip(rest, options, strict=True))
+    count = sum("codes" in m.option.parameters for m in made.plan.moves)
     if not count:
         return finalist
-    renewed = [replace(m, option=o) for m, o in zip(rest, options, strict=True)]
-    final = tuple(m for m in moves if removes(m)) + tuple(renewed)
-    made = Realized(apply_rest(program, final), replace(realized.plan, moves=final))
     before, after = _divergences(request, (realized.program, made.program))
     kept = after < before
     builder.rounded[genome] = Rounded(count, before, after, kept, time.perf_counter() - start)
     if not kept:
         return finalist
-    builder.prepared.referee.check(made.program, "rounded weights", exact=False)
     rounded = replace(finalist, realized=made)
     builder.done[genome] = rounded
     return rounded
+
+
+def _rounded(request: Request, builder: Builder, realized: Realized) -> Realized:
+    """The plan with other codes, applied and checked."""
+    moves = realized.plan.moves
+    rest = [m for m in moves if not removes(m)]
+    program = apply_drops(builder.prepared.folded.program, moves)
+    chosen = [(m.site, m.option) for m in rest]
+    options = round_options(program, chosen, request.splits.calibration, seconds=_SHARE * request.seconds)
+    renewed = [replace(m, option=o) for m, o in zip(rest, options, strict=True)]
+    final = tuple(m for m in moves if removes(m)) + tuple(renewed)
+    made = Realized(apply_rest(program, final), replace(realized.plan, moves=final))
+    builder.prepared.referee.check(made.program, "rounded weights", exact=False)
+    return made
 
 
 def _divergences(request: Request, programs: Sequence[Program]) -> list[float]:
