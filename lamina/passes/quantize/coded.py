@@ -88,8 +88,9 @@ def coded(weight: ir.Value, parameters: Mapping[str, Any], axis: int) -> Coded:
         made: Coded = quantized(weight, name, lambda array: nearest(array, parameters, axis, name))
         return made
     given = parameters["codes"]
-    digest = hashlib.sha256(f"{given['base64']}{given['scale']}".encode()).hexdigest()[:12]
-    name = f"{form_name(parameters, axis)}.{digest}"
+    told = f"{form_name(parameters, axis)} {given['base64']} {given['scale']}"
+    # short: it is in the names of what is written
+    name = hashlib.sha256(told.encode()).hexdigest()[:8]
     found: Coded = quantized(weight, name, lambda array: _carried(array, parameters, axis, name))
     return found
 
