@@ -165,8 +165,8 @@ def test_shared_weights_are_stored_once_in_every_form():
     for form in BOUNDS:
         quantized = quantize_all(prog, form)
         sizes = [v.const_value.nbytes for v in quantized.graph.initializers.values()]
-        codes = 2 if form == "stored-w3" else 1  # two planes
-        assert sum(n >= weight.size // 8 for n in sizes) <= codes + (form in BLOCKS), form
+        # in blocks, scales or zero points are as large as the codes of two bits
+        assert sum(n >= weight.size // 8 for n in sizes) <= 1 + (form in BLOCKS), form
 
 
 # -- float16 ---------------------------------------------------------------------------------------

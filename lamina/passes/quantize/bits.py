@@ -1,12 +1,13 @@
-"""Codes of a few bits in whole bytes: the layout, and standard operators that undo it.
+"""Codes of a few bits in whole words: two layouts, and standard operators that undo the one in models.
 
-A width that does not divide 8 is split into planes of 4, 2 and 1 bits; each plane packs 8 / width codes a
-byte, the first in the lowest bits. BitShift and Mod on uint8 exist from opset 13 on, in every runtime that
-was tried, while the 2-bit types of opset 25 do not; and a runtime computes them once, while loading.
+A plan packs planes of 4, 2 and 1 bits, each 8 / width codes a byte. A model holds words that BitShift and Mod
+take apart: those exist from opset 13 on, in every runtime tried, while the 2-bit types of opset 25 do
+not; and a runtime computes them once, while loading.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.quantize.graph import FLOAT, common, shared
 
-_UINT8 = ir.DataType.UINT8
+_UINT = {1: ir.DataType.UINT8, 8: ir.DataType.UINT64}
 
 
 def planes(bits: int) -> Iterator[tuple[int, int]]:
@@ -64,39 +65,39 @@ def unpack_bits(raw: np.ndarray, bits: int, count: int) -> np.ndarray:
 def emit_codes(
     rewriter: Rewriter, weight: ir.Value, form: str, codes: np.ndarray, bits: int, shape: tuple[int, ...]
 ) -> ir.Value:
-    """Codes as float32 of ``shape``, unpacked by operators on constants."""
-    flat, name = codes.reshape(-1), f"{weight.name}.w{bits}"
-    dims = rewriter.constant(np.array(shape, np.int64), f"{name}.shape")
-    total: ir.Value | None = None
-    for width, shift in planes(bits):
-        raw = pack_plane(flat, width, shift)
-        column = shared(rewriter, weight, f"{form}.codes{shift}", raw.reshape(-1, 1))
-        part = _plane(rewriter, column, width, name)
-        if len(raw) * 8 // width != len(flat):
-            part = _first(rewriter, part, len(flat), name)
-        part = rewriter.op("Reshape", [part, dims], name=f"{name}.reshape", dtype=_UINT8)
-        part = rewriter.op("Cast", [part], {"to": int(FLOAT)}, name=f"{name}.cast", dtype=FLOAT)
-        if shift:
-            step = common(rewriter, np.array(2**shift, np.float32), f"lamina.step{shift}")
-            part = rewriter.op("Mul", [part, step], name=f"{name}.high", dtype=FLOAT)
-        total = part if total is None else rewriter.op("Add", [total, part], name=f"{name}.sum", dtype=FLOAT)
-    assert total is not None
-    return total
-
-
-def _plane(rewriter: Rewriter, column: ir.Value, width: int, name: str) -> ir.Value:
-    """Bytes ``[n, 1]`` as uint8 codes ``[n, 8 / width]``."""
-    places = common(rewriter, np.arange(0, 8, width, dtype=np.uint8).reshape(1, -1), f"lamina.places{width}")
+    """Codes of 2 or 3 bits as float32 of ``shape``, unpacked by operators on constants."""
+    name, flat = short_name(weight), codes.reshape(-1)
+    words, per = pack_words(flat, bits)
+    kind, word = _UINT[words.dtype.itemsize], words.dtype.name
+    column = shared(rewriter, weight, f"{form}.codes", words.reshape(-1, 1))
+    shifts = (np.arange(per) * bits).astype(words.dtype).reshape(1, -1)
+    places = common(rewriter, shifts, f"lamina.places{bits}.{word}")
     flags = {"direction": "RIGHT"}
-    spread = rewriter.op("BitShift", [column, places], flags, name=f"{name}.shift", dtype=_UINT8)
-    base = common(rewriter, np.array(2**width, np.uint8), f"lamina.base{width}")
-    return rewriter.op("Mod", [spread, base], name=f"{name}.low", dtype=_UINT8)
+    part = rewriter.op("BitShift", [column, places], flags, name=f"{name}.shift", dtype=kind)
+    base = common(rewriter, np.array(2**bits, words.dtype), f"lamina.base{bits}.{word}")
+    part = rewriter.op("Mod", [part, base], name=f"{name}.low", dtype=kind)
+    if words.size * per != flat.size:
+        ends = [common(rewriter, np.array([n], np.int64), f"lamina.end{n}") for n in (-1, 0, flat.size)]
+        part = rewriter.op("Reshape", [part, ends[0]], name=f"{name}.flat", dtype=kind)
+        part = rewriter.op("Slice", [part, *ends[1:]], name=f"{name}.slice", dtype=kind)
+    dims = common(rewriter, np.array(shape, np.int64), f"lamina.shape{'x'.join(map(str, shape))}")
+    part = rewriter.op("Reshape", [part, dims], name=f"{name}.blocks", dtype=kind)
+    return rewriter.op("Cast", [part], {"to": int(FLOAT)}, name=f"{name}.cast", dtype=FLOAT)
 
 
-def _first(rewriter: Rewriter, value: ir.Value, count: int, name: str) -> ir.Value:
-    """The first ``count`` elements, ``[count]``."""
-    flat, ends = common(rewriter, np.array([-1], np.int64), "lamina.flat"), []
-    for end in (0, count):
-        ends.append(common(rewriter, np.array([end], np.int64), f"lamina.end{end}"))
-    value = rewriter.op("Reshape", [value, flat], name=f"{name}.flatten", dtype=_UINT8)
-    return rewriter.op("Slice", [value, *ends], name=f"{name}.slice", dtype=_UINT8)
+def pack_words(codes: np.ndarray, bits: int) -> tuple[np.ndarray, int]:
+    """uint8 codes ``[n]`` as words, the first code in the lowest bits, and how many a word holds.
+
+    Four 2-bit codes fill a byte. Twenty-one 3-bit codes fill a uint64 but for one bit; two planes of bytes
+    would waste none, but take seven operators more a weight, which outweighs that below 40,000 weights.
+    """
+    kind = np.uint8 if 8 % bits == 0 else np.uint64
+    per = np.dtype(kind).itemsize * 8 // bits
+    filled = np.concatenate([codes, np.zeros(-len(codes) % per, np.uint8)]).astype(kind).reshape(-1, per)
+    words: np.ndarray = np.bitwise_or.reduce(filled << (np.arange(per) * bits).astype(kind), axis=1)
+    return words, per
+
+
+def short_name(weight: ir.Value) -> str:
+    """For the nodes that make a weight: whole names, four times a node, would outweigh small weights."""
+    return f"w{zlib.crc32((weight.name or '').encode()):08x}"

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Option, Site
-from lamina.passes.quantize.bits import emit_codes
+from lamina.passes.quantize.bits import emit_codes, short_name
 from lamina.passes.quantize.coded import Coded, coded
 from lamina.passes.quantize.graph import FLOAT, attributes, common, constant_array, shared
 from lamina.passes.quantize.higgs import rotation
@@ -97,9 +97,11 @@ def _stored(rewriter: Rewriter, weight: ir.Value, parameters: Mapping[str, Any],
         shape = [1] * array.ndim
         shape[axis] = -1
         codes = shared(rewriter, weight, f"{form}.codes", made.codes)
-        real = rewriter.op("Cast", [codes], {"to": int(FLOAT)}, name=f"{weight.name}.cast", dtype=FLOAT)
+        real = rewriter.op(
+            "Cast", [codes], {"to": int(FLOAT)}, name=f"{short_name(weight)}.cast", dtype=FLOAT
+        )
         scale = shared(rewriter, weight, f"{form}.column", made.scale.reshape(shape))
-        return rewriter.op("Mul", [real, scale], name=f"{weight.name}.scaled", dtype=FLOAT)
+        return rewriter.op("Mul", [real, scale], name=f"{short_name(weight)}.scaled", dtype=FLOAT)
     return _stored_blocks(rewriter, weight, coded(weight, parameters, axis), bits, axis)
 
 
@@ -112,22 +114,25 @@ def _stored_blocks(rewriter: Rewriter, weight: ir.Value, made: Coded, bits: int,
     if bits == 4:
         kind = ir.DataType.UINT4
         codes = shared(rewriter, weight, f"{made.form}.codes", _typed(made.codes.reshape(shape), kind), kind)
-        real = rewriter.op("Cast", [codes], {"to": int(FLOAT)}, name=f"{weight.name}.cast", dtype=FLOAT)
+        real = rewriter.op(
+            "Cast", [codes], {"to": int(FLOAT)}, name=f"{short_name(weight)}.cast", dtype=FLOAT
+        )
     else:
         real = emit_codes(rewriter, weight, made.form, made.codes, bits, shape)
     real = _scaled(rewriter, weight, made, real)
-    dims = rewriter.constant(np.array(moved.shape, np.int64), f"{weight.name}.shape")
-    real = rewriter.op("Reshape", [real, dims], name=f"{weight.name}.reshape", dtype=FLOAT)
+    name = f"lamina.shape{'x'.join(map(str, moved.shape))}"
+    dims = common(rewriter, np.array(moved.shape, np.int64), name)
+    real = rewriter.op("Reshape", [real, dims], name=f"{short_name(weight)}.reshape", dtype=FLOAT)
     if axis == 0:
         return real
     order = list(np.argsort([axis, *(i for i in range(array.ndim) if i != axis)]))
     flags = {"perm": [int(i) for i in order]}
-    return rewriter.op("Transpose", [real], flags, name=f"{weight.name}.transpose", dtype=FLOAT)
+    return rewriter.op("Transpose", [real], flags, name=f"{short_name(weight)}.transpose", dtype=FLOAT)
 
 
 def _scaled(rewriter: Rewriter, weight: ir.Value, made: Coded, codes: ir.Value) -> ir.Value:
     """Codes as float32 ``[channels, blocks, block]`` -> what they stand for."""
-    name = weight.name
+    name = short_name(weight)
     if made.levels is None:
         zero = common(rewriter, made.zero.reshape(()), f"lamina.zero{float(made.zero[0, 0])!r}")
         real = rewriter.op("Sub", [codes, zero], name=f"{name}.offset", dtype=FLOAT)
@@ -149,7 +154,7 @@ def _scales(rewriter: Rewriter, weight: ir.Value, made: Coded) -> ir.Value:
     if not np.array_equal(half.astype(np.float32), column):
         return shared(rewriter, weight, f"{made.form}.scale", column)
     kept = shared(rewriter, weight, f"{made.form}.scale16", half)
-    return rewriter.op("Cast", [kept], {"to": int(FLOAT)}, name=f"{weight.name}.widen", dtype=FLOAT)
+    return rewriter.op("Cast", [kept], {"to": int(FLOAT)}, name=f"{short_name(weight)}.widen", dtype=FLOAT)
 
 
 def _typed(codes: np.ndarray, kind: ir.DataType) -> np.ndarray:
