@@ -99,6 +99,9 @@ def test_four_bits_are_stored_where_a_block_divides_the_reduction():
     assert option.parameters["block"] == 25
     (option,) = offered("depthwise", "stored-w4")[2]
     assert option.parameters["block"] == 9
+    for depth, block in ((172, 43), (173, 173), (5, 5)):
+        prog = program(op("MatMul", normal(depth, 48)), ("b", depth))
+        assert pick(prog, sites(prog)["op"], "stored-w4").parameters["block"] == block
 
 
 @pytest.mark.parametrize("dims", ["known", "batch", "none"])

@@ -309,9 +309,10 @@ def _is_left(site: Site, program: Program) -> bool:
 
 
 def _stored_block(site: Site, program: Program, block: int) -> int | None:
-    """The largest block of at least 8 that divides the reduction, so that blocks need no padding.
+    """The block nearest to ``block`` that divides the reduction, so that blocks need no padding.
 
-    A table has one block a row, of an even number of elements: two codes share a byte.
+    Smaller ones of at least 8 come first, then larger ones, at last the whole row. A table has one block a
+    row, of an even number of elements: two codes share a byte.
     """
     nodes = _nodes(site, program)
     index, axis = weight_place(site, nodes)
@@ -319,4 +320,5 @@ def _stored_block(site: Site, program: Program, block: int) -> int | None:
     depth = 0 if array is None else array.size // array.shape[axis]
     if site.kind == "embedding":
         return depth if depth % 2 == 0 else None
-    return next((b for b in range(block, 7, -1) if depth and depth % b == 0), None)
+    sizes = (*range(block, 7, -1), *range(block + 1, depth + 1), depth)
+    return next(b for b in sizes if depth % b == 0) if depth else None
