@@ -107,7 +107,8 @@ def test_outputs_come_nearer_than_with_the_nearest_codes(net, form):
     # where activations are rounded too, weights are the smaller part of the error
     most = 1.02 if form == "w8a8-dynamic" else 1.0
     assert errors["descent"] < most * errors["nearest"]
-    assert errors["gptq"] < (1.05 if net == "depthwise" else most) * errors["nearest"]
+    # windows of 9 leave gptq alone little to make up with, and 8-bit kernels are balanced to begin with
+    assert errors["gptq"] < (1.05 if make is images else most) * errors["nearest"]
 
 
 def test_a_plan_repeats_it_without_data():
