@@ -163,8 +163,8 @@ def substitute(program: Program, weights: Mapping[tuple[str, int], np.ndarray]) 
             fresh.const_value = ir.Tensor(array.astype(np.float32), name=name)
             clone.graph.register_initializer(fresh)
             node.replace_input_with(index, fresh)
-            if not value.uses() and value.name in clone.graph.initializers:
-                del clone.graph.initializers[value.name]
+            if not value.uses():
+                clone.graph.initializers.pop(value.name or "", None)
     return clone
 
 
