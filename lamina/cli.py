@@ -49,11 +49,11 @@ def optimize(
     target: Target = "ort:cpu",
     workload: Workload = None,
     transforms: Annotated[
-        str | None, typer.Option(help="comma-separated, e.g. drop,quantize; default all")
+        str | None, typer.Option(help="comma-separated, e.g. drop,quantize; default all but share")
     ] = None,
     minimize: Annotated[str | None, typer.Option(help="latency, size, flops, memory or damage")] = None,
     strategy: Annotated[
-        str | None, typer.Option(help="search (default), or drop rules whose plans are all that is looked at")
+        str | None, typer.Option(help="search (default), or rules whose plans are all that is looked at")
     ] = None,
     seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 120.0,
     seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,

@@ -14,16 +14,17 @@ from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.budget import Budget
 from lamina.data import Splits, load_splits
-from lamina.errors import BackendError, BudgetError, PassError, UnsupportedOperator, VerificationError
+from lamina.errors import BackendError, PassError, UnsupportedOperator, VerificationError
 from lamina.ir.branches import cache_ports
 from lamina.ir.capture import capture
 from lamina.ir.program import Program
-from lamina.passes import get_transform, transform_names
+from lamina.passes import default_transforms, get_transform
 from lamina.passes.fold.catalog import load
+from lamina.planner.affordable import affordable
 from lamina.planner.blame import describe
 from lamina.planner.builder import Builder
 from lamina.planner.evidence import Final, evidence, front, with_reasons
-from lamina.planner.finish import affordable, choose, infeasible
+from lamina.planner.finish import choose, infeasible
 from lamina.planner.forms import Folded, pick_forms
 from lamina.planner.goal import make_goal
 from lamina.planner.judge import Judge, Verdict
@@ -33,7 +34,7 @@ from lamina.planner.realize import reproduce
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.search import Search
-from lamina.planner.strategy import SEARCH, drop_seeds, rules_of
+from lamina.planner.strategy import rule_seeds, strategy_of
 from lamina.planner.timing import Stopwatch
 from lamina.progress import Progress
 from lamina.quality import Metric, evaluate, get_metric
@@ -78,11 +79,12 @@ def optimize(
             divergence.
         target: ``ort:cpu?threads=2``, ``tvm:llvm?threads=2``.
         workload: Shapes that matter, ``"1x128@0.2; 1x1@0.8"``. None: batch 1.
-        transforms: Names of transforms to use; all by default.
+        transforms: Names of transforms to use; by default all but ``share``.
         minimize: Overrides what is minimized: ``latency``, ``size``, ``flops``, ``memory`` or ``damage``.
-        strategy: None or ``"search"``: the plans of every drop rule, and search from there. One or several
-            names of rules (``"greedy-output-divergence"``, :mod:`lamina.planner.drop_rules`): the best of
-            their plans, which only drop branches.
+        strategy: None or ``"search"``: the plans of every rule, and search from there. One or several names
+            of rules: the best of their plans, which only drop branches (``"greedy-output-divergence"``,
+            :mod:`lamina.planner.drop_rules`) or only merge convolutions (``"conv-merge-two-stage-dp"``,
+            :mod:`lamina.planner.chain_plans`).
         seconds: Time for measuring candidates (pricing, statistics and final timing come on top).
         seed: Of data splits and search.
         batch_size: Rows a run gets during evaluation.
@@ -105,15 +107,11 @@ def optimize(
         objective = limits.objective(minimize)
         aim = Target.parse(target)
         backend = get_backend(aim)
-        names = tuple(transforms) if transforms is not None else transform_names()
+        names = tuple(transforms) if transforms is not None else default_transforms()
         for name in names:
             get_transform(name)
-        rules, only_rules = rules_of(strategy)
-        if only_rules and "drop" not in names:
-            raise BudgetError(
-                "a strategy of drop rules needs the transform 'drop'",
-                advice="add it to transforms, or leave them out",
-            )
+        plans_from = strategy_of(strategy)
+        plans_from.check(names)
         program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
         program.require_tensors()
         chosen = get_metric(metric, program)
@@ -133,7 +131,7 @@ def optimize(
             seconds=seconds,
             seed=seed,
             progress=progress,
-            strategy=",".join(rule.name for rule in rules) if only_rules else SEARCH,
+            strategy=plans_from.name,
         )
     with tempfile.TemporaryDirectory(prefix="lamina-") as folder:
         return _optimize(request, Path(folder))
@@ -182,7 +180,8 @@ def _optimize(request: Request, folder: Path) -> Result:
             referee = Referee(request.program, [few_samples(request)])
             folded, left_out = proven_folds(request, stopwatch, referee)
             referee.caches = cache_ports(folded.program)
-        prepared = prepare(request, folded, stopwatch, referee)
+        strategy = strategy_of(request.strategy)
+        prepared = prepare(request, folded, stopwatch, referee, strategy.programs)
         with progress.stage("sensitivity"):
             try:
                 evaluator, damage = sensitivity(request, prepared)
@@ -193,7 +192,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             builder = Builder(request, prepared, stopwatch)
             goal = make_goal(request, builder, evaluator.score(prepared.costs.space.nothing).value)
         with progress.stage("search"):
-            seeds = drop_seeds(request, prepared, evaluator, damage)
+            seeds = rule_seeds(request, prepared, evaluator, damage)
             search = Search(
                 prepared.costs,
                 damage,
@@ -203,7 +202,7 @@ def _optimize(request: Request, folder: Path) -> Result:
                 seed=request.seed,
                 report=lambda done, total, note: progress.update("search", int(done), int(total), note),
                 seeds=seeds,
-                only_seeds=request.strategy != SEARCH,
+                only_seeds=not strategy.search,
             )
             search.run()
         with progress.stage("verify"):
@@ -211,7 +210,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             verdict = explained(verdict, builder, damage)
             candidates = search.ranked()
             found = evidence(request, builder, goal, verdict, final, candidates)
-    found["rules"] = [] if seeds is None else seeds.report()
+    found["rules"] = seeds.report()
     found["seconds"] = dict(progress.seconds)
     realized = verdict.finalist.realized
     return Result(realized.program, realized.plan, found, front(builder, candidates, goal))

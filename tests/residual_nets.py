@@ -200,3 +200,10 @@ def keeping(branches: Sequence[Any], dropped: Sequence[str]) -> dict[str, np.nda
 def text_of(program: Program) -> bytes:
     """Everything a program holds, to prove that nothing changed it."""
     return ir.to_proto(program.model).SerializeToString(deterministic=True)
+
+
+def finished(net: Net, *outputs: ir.Value) -> Program:
+    """The net as a user would have it captured: with example inputs."""
+    from lamina.ir.capture import capture
+
+    return capture(net.program(*outputs).model)

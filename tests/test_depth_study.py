@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +15,12 @@ from stacked_model import WIDTH, stacked
 from lamina.data import Dataset
 from lamina.quality import get_metric
 from tools.bench.cases import Case
+from tools.studies.depth import neurons
 from tools.studies.depth.page import summary, svg, tables
 from tools.studies.depth.repair import Order, Rows, drops
 from tools.studies.depth.scoring import Judge, Study, by_length, short
+from tools.studies.depth.share import Subject
+from tools.studies.depth.share_page import singles
 
 
 def _data(seed: int) -> Dataset:
@@ -103,3 +108,66 @@ def test_tables_and_plot_hold_every_way() -> None:
     root = ElementTree.fromstring(svg(models))
     lines = [e for e in root.iter() if e.tag.endswith("polyline")]
     assert len(lines) == 3
+
+
+# -- sharing ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def subject(study: Study) -> Subject:
+    return Subject.of(study, lambda note: None)
+
+
+def test_pairs_are_measured_with_their_distance(subject: Subject) -> None:
+    pairs = list(subject.pairs())
+    assert len(pairs) == 5 * 4
+    for pair in pairs:
+        assert pair["divergence"] > 0
+        assert 1 < pair["distance"] < 3  # random matrices: twice the energy of one
+
+
+def test_greedy_sharing_takes_each_branch_once_and_the_least_first(subject: Subject) -> None:
+    moves = [m for m in subject.offered() if m.option.name.startswith("reuse")]
+    alone = {k: subject.diverges([m]) for k, m in enumerate(moves)}
+    one, two = subject.greedy(moves, alone, 2)
+    assert one == two[:1] == [moves[min(alone, key=alone.__getitem__)]]
+    assert len({m.site.name for m in two}) == 2
+
+
+def test_matrices_cut_to_full_rank_are_the_branchs_own(subject: Subject) -> None:
+    move = next(m for m in subject.offered() if m.option.name == "remainder-4")
+    full = replace(move, option=replace(move.option, name=f"remainder-{WIDTH}"))
+    for taken, most in (([full], 1e-9), ([move], np.inf)):
+        changed = subject.cut(taken).graph.initializers
+        for weight in move.site.weights:
+            before = subject.program.graph.initializers[weight].const_value.numpy()
+            after = changed[weight].const_value.numpy()
+            assert np.square(after - before).sum() < most
+            assert np.linalg.matrix_rank(after) == (WIDTH if most < 1 else 4)
+
+
+def test_the_page_of_sharing_counts_where_dropping_is_better() -> None:
+    def pair(branch: str, donor: str, apart: int, value: float) -> dict[str, Any]:
+        return {"branch": branch, "donor": donor, "apart": apart, "weighted": value, "divergence": value}
+
+    pairs = [pair("a", "b", 1, 0.5), pair("a", "c", 2, 0.3), pair("b", "a", 1, 0.1), pair("b", "c", 1, 0.2)]
+    drop = [{"branch": "a", "divergence": 0.2}, {"branch": "b", "divergence": 0.4}]
+    (line,) = list(singles([{"model": "m", "pairs": pairs, "drop": drop}]))[2:]
+    assert line == "| m | 2 | 0.3, 0.2 | 0.3, 0.1 | 0.2, 0.1 | 0.2, 0.1 | 1 | 0.20 | - |"
+
+
+def test_every_way_to_narrow_is_scored_and_shown(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Study, "latency", lambda *_: {"latency": 0.9, "latency_spread": [0.8, 1.0]})
+    options = argparse.Namespace(keep=[0.75, 0.5], ways=list(neurons.WAYS), repair=["prune"])
+    *_, found = neurons.study(study, options)
+    ways = [(row["keep"], row["way"]) for row in found["rows"]]
+    assert ways == [
+        (k, w) for k in (0.75, 0.5) for w in ("prune", "prune, repaired", *list(neurons.WAYS)[1:])
+    ]
+    for keep in (0.75, 0.5):
+        rows = {row["way"]: row for row in found["rows"] if row["keep"] == keep}
+        assert len({row["bytes"] for row in rows.values()}) == 1
+        assert rows["prune, repaired"]["divergence"] < rows["prune"]["divergence"]
+        assert rows["transport"]["divergence"] < rows["transport-exact"]["divergence"]
+    assert all(row["divergence"] > 0 for row in found["rows"])
+    assert len(list(neurons.table(found))) == 5 + len(found["rows"])

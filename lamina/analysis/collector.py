@@ -25,6 +25,7 @@ from lamina.ir.shapes import Observed, observed_shapes
 
 # Samples of the run that shapes are observed in: a number that is rarely also a number of tokens.
 _PROBED_ROWS = 3
+OF_OPERATORS = frozenset((Need.INPUTS, Need.VECTORS))
 _OF_DEPTHS = frozenset((Need.ANGLES, Need.TOKENS, Need.SPECTRA))
 
 
@@ -72,9 +73,9 @@ class Collector:
             }
             self._attention = AttentionAccumulator(taps, branches, softmaxes, rows)
         self._operators: dict[str, WeightedOperator] = {}
-        if Need.INPUTS in needs:
+        if needs & OF_OPERATORS:
             self._operators, refused = weighted_operators(program, shapes)
-            self._inputs = InputAccumulator(taps, self._operators, rows)
+            self._inputs = InputAccumulator(taps, self._operators, rows, sums=Need.INPUTS in needs)
             self.skipped |= refused | self._inputs.skipped
         self.program, self.index_inputs = taps.program, taps.index_inputs
         self.outputs, self.looks = taps.outputs, taps.looks
@@ -174,7 +175,7 @@ def _shapes(
     wanted = {n for b in branches for n in (b.skip, b.body, b.output) if n}
     if Need.ATTENTION in needs:
         wanted |= {n.outputs[0].name or "" for n in program.graph if n.op_type == "Softmax"}
-    if Need.INPUTS in needs:
+    if needs & OF_OPERATORS:
         wanted |= {n.inputs[0].name or "" for n in program.graph if n.op_type == "Conv" and n.inputs[0]}
         wanted |= {
             v.name or ""

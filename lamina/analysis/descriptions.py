@@ -17,6 +17,7 @@ SAMPLING = {
     Need.VIEWS: f"{_LOOKS.views} samples",
     Need.ATTENTION: f"{_LOOKS.samples} samples",
     Need.INPUTS: f"{_LOOKS.inputs} vectors an operator; convolutions: windows of {_LOOKS.patched} samples",
+    Need.VECTORS: f"{_LOOKS.kept} vectors an operator",
     Need.EXAMPLES: f"up to {_LOOKS.examples} samples",
     Need.DAMAGES: "exact: every sample",
     Need.SKIPS: "exact: every sample",

@@ -21,27 +21,37 @@ class InputStatistics:
 
     Attributes:
         moments: float64 ``[group, k, k]``: sum over vectors of ``x x'`` (XtX); k counts a group's
-            inputs, of a convolution the elements of a window.
+            inputs, of a convolution the elements of a window. ``[group, 0, 0]`` where it was not asked for.
         vectors: Vectors in that sum.
         kept: float32 ``[n, group, k]``: some of those vectors.
-        minimum: Least element among the vectors.
-        maximum: Largest one.
+        lows: ``[group, k]``: least element of each input among the vectors.
+        highs: ``[group, k]``: largest one.
     """
 
     moments: np.ndarray
     vectors: int
     kept: np.ndarray
-    minimum: float
-    maximum: float
+    lows: np.ndarray
+    highs: np.ndarray
+
+    @property
+    def minimum(self) -> float:
+        """Least element among the vectors."""
+        return float(self.lows.min())
+
+    @property
+    def maximum(self) -> float:
+        """Largest element among the vectors."""
+        return float(self.highs.max())
 
 
 class SecondMoments:
     """Sum of ``x x'`` in float64 over blocks of float32 vectors."""
 
-    def __init__(self, group: int, width: int, kept: int) -> None:
-        self.total = np.zeros((group, width, width))
+    def __init__(self, group: int, width: int, kept: int, sums: bool = True) -> None:
+        self.total = np.zeros((group, width, width) if sums else (group, 0, 0))
         self.count = 0
-        self.minimum, self.maximum = np.inf, -np.inf
+        self.lows, self.highs = np.full((group, width), np.inf), np.full((group, width), -np.inf)
         self._waiting: list[np.ndarray] = []
         self._most_kept = kept
         self._kept: list[np.ndarray] = []
@@ -50,23 +60,26 @@ class SecondMoments:
         """Take in ``[n, group, width]``, and keep the first ``keep`` of them whole."""
         if not len(vectors):
             return
-        self.minimum = min(self.minimum, float(vectors.min()))
-        self.maximum = max(self.maximum, float(vectors.max()))
+        self.lows = np.minimum(self.lows, vectors.min(axis=0))
+        self.highs = np.maximum(self.highs, vectors.max(axis=0))
         room = self._most_kept - sum(map(len, self._kept))
         if keep and room > 0:
             # spread over the batch, not from its first sample
             chosen = np.linspace(0, len(vectors) - 1, min(keep, room, len(vectors))).astype(int)
             self._kept.append(vectors[chosen].astype(np.float32))
-        self._waiting.append(vectors)
         self.count += len(vectors)
+        if not self.total.size:
+            return
+        self._waiting.append(vectors)
         if sum(map(len, self._waiting)) >= BLOCK:
             self._flush()
 
     def result(self) -> InputStatistics:
         """What was seen so far."""
         self._flush()
-        kept = np.concatenate(self._kept) if self._kept else np.zeros((0, *self.total.shape[:2]), np.float32)
-        return InputStatistics(self.total, self.count, kept, self.minimum, self.maximum)
+        none = np.zeros((0, *self.lows.shape), np.float32)
+        kept = np.concatenate(self._kept) if self._kept else none
+        return InputStatistics(self.total, self.count, kept, self.lows, self.highs)
 
     def _flush(self) -> None:
         if not self._waiting:
@@ -87,9 +100,13 @@ class InputAccumulator:
         taps: Grows the outputs.
         operators: The operators by name.
         rows: Samples of the run the shapes were observed in.
+        sums: Whether to take second moments.
     """
 
-    def __init__(self, taps: Taps, operators: Mapping[str, WeightedOperator], rows: int) -> None:
+    def __init__(
+        self, taps: Taps, operators: Mapping[str, WeightedOperator], rows: int, sums: bool = True
+    ) -> None:
+        self._sums_wanted = sums
         self.skipped: dict[str, str] = {}
         self._key: dict[str, tuple[object, ...]] = {}
         self._taps: dict[tuple[object, ...], tuple[str, Layout, WeightedOperator]] = {}
@@ -118,7 +135,7 @@ class InputAccumulator:
                 vectors = array.reshape(-1, 1, layout.width)
             if key not in self._sums:
                 group, width = vectors.shape[1:]
-                self._sums[key] = SecondMoments(group, width, view.looks.kept)
+                self._sums[key] = SecondMoments(group, width, view.looks.kept, self._sums_wanted)
             self._sums[key].add(vectors, keep)
 
     def result(self) -> dict[str, InputStatistics]:

@@ -78,18 +78,21 @@ class Moments:
             gram = self.xx - 2 * x * self.x + n * x * x
             cross = self.xy - x * self.y - self.x * y + n * x * y
         else:
-            gram = self.xx - np.outer(x, self.x) - np.outer(self.x, x) + n * np.outer(x, x)
+            half = np.outer(x, n / 2 * x - self.x)
+            gram = self.xx + half + half.T
             cross = self.xy - np.outer(x, self.y) - np.outer(self.x, y) + n * np.outer(x, y)
         return gram, cross, self.yy - 2 * y * self.y + n * y * y
 
     def error(self, matrix: np.ndarray, offset: np.ndarray) -> float:
         """Mean over tokens of ``L2(matrix x + offset - y)^2``; matrix ``[out, in]`` or diagonal ``[in]``."""
-        gram, cross, energy = self.about(np.zeros_like(self.x), offset)
+        energy = float((self.yy - 2 * offset * self.y + self.count * offset * offset).sum())
         if self.diagonal:
-            total = energy + matrix * (matrix * gram) - 2 * matrix * cross
-            return max(0.0, float(total.sum())) / max(self.count, 1e-300)
-        explained = float((matrix @ gram * matrix).sum()) - 2.0 * float((matrix.T * cross).sum())
-        return max(0.0, float(energy.sum()) + explained) / max(self.count, 1e-300)
+            cross = self.xy - self.x * offset
+            explained = float((matrix * (matrix * self.xx - 2 * cross)).sum())
+        else:
+            agreed = float((matrix.T * self.xy).sum()) - float((matrix @ self.x) @ offset)
+            explained = float((matrix @ self.xx * matrix).sum()) - 2.0 * agreed
+        return max(0.0, energy + explained) / max(self.count, 1e-300)
 
 
 @dataclass(frozen=True)
@@ -136,38 +139,62 @@ def ridge_correction(
     """
     zero, none = np.zeros_like(fitted.xy.T), np.zeros_like(fitted.y)
     before = held.error(zero, none)
-    best = None
-    for ridge, found, shift in _maps(fitted, offset, matrix, ridges):
+    best: Correction | None = None
+
+    def attempt(ridge: float, found: np.ndarray, shift: np.ndarray) -> float:
+        nonlocal best
         error = held.error(found, shift)
         if error < (before if best is None else best.after):
             best = Correction(found, shift, ridge, before, error)
+        return error
+
+    mean_y = fitted.y / max(fitted.count, 1e-300) if offset else none
+    if offset:
+        attempt(float("inf"), zero, mean_y)
+    maps = _Maps(fitted, mean_y, offset) if matrix else None
+    if maps is None or maps.unit <= 0:
+        return best  # x never varies: nothing to learn from it
+    # from the middle on in both directions, each until the error rises
+    order, middle = sorted(ridges), len(ridges) // 2
+    centre = attempt(order[middle], *maps.at(order[middle]))
+    for side in (order[middle + 1 :], order[:middle][::-1]):
+        last = centre
+        for ridge in side:
+            error = attempt(ridge, *maps.at(ridge))
+            if error >= last:
+                break
+            last = error
     return best
 
 
-def _maps(
-    moments: Moments, offset: bool, matrix: bool, ridges: Sequence[float]
-) -> list[tuple[float, np.ndarray, np.ndarray]]:
-    """(ridge, A, b) for the offset alone and for every ridge."""
-    count = max(moments.count, 1e-300)
-    mean_x = moments.x / count if offset else np.zeros_like(moments.x)
-    mean_y = moments.y / count if offset else np.zeros_like(moments.y)
-    zero = np.zeros_like(moments.xy.T)
-    made = [(float("inf"), zero, mean_y)] if offset else []
-    if not matrix:
-        return made
-    gram, cross, _ = moments.about(mean_x, mean_y)
-    if moments.diagonal:
-        unit = float(gram.mean())
-        for ridge in ridges:
-            found = cross / np.maximum(gram + ridge * unit, np.finfo(np.float64).tiny)
-            made.append((ridge, found, mean_y - found * mean_x))
-        return made
-    values, vectors = np.linalg.eigh(gram)
-    unit = float(values.clip(0).mean())
-    if unit <= 0:
-        return made  # x never varies: nothing to learn from it
-    turned = vectors.T @ cross
-    for ridge in ridges:
-        found = (vectors @ (turned / (values.clip(0) + ridge * unit)[:, None])).T
-        made.append((ridge, found, mean_y - found @ mean_x))
-    return made
+class _Maps:
+    """(A, b) of every ridge, from one set of centred moments."""
+
+    def __init__(self, moments: Moments, mean_y: np.ndarray, offset: bool) -> None:
+        count = max(moments.count, 1e-300)
+        self._mean_x = moments.x / count if offset else np.zeros_like(moments.x)
+        self._mean_y = mean_y
+        self._gram, self._cross, _ = moments.about(self._mean_x, mean_y)
+        self._diagonal = moments.diagonal
+        self.unit = float((self._gram if self._diagonal else np.diagonal(self._gram)).mean())
+
+    def at(self, ridge: float) -> tuple[np.ndarray, np.ndarray]:
+        """A and b of one penalty, relative to the mean variance of x."""
+        if self._diagonal:
+            tiny = np.finfo(np.float64).tiny
+            found = self._cross / np.maximum(self._gram + ridge * self.unit, tiny)
+            return found, self._mean_y - found * self._mean_x
+        found = solve_ridge(self._gram, ridge * self.unit, self._cross).T
+        return found, self._mean_y - found @ self._mean_x
+
+
+def solve_ridge(gram: np.ndarray, penalty: float, cross: np.ndarray) -> np.ndarray:
+    """``(gram + penalty I)^-1 cross`` of a positive semidefinite matrix, by Cholesky."""
+    from scipy.linalg import cho_factor, cho_solve
+
+    raised = gram.copy()
+    raised[np.diag_indices_from(raised)] += penalty
+    try:
+        return np.asarray(cho_solve(cho_factor(raised, check_finite=False), cross))
+    except np.linalg.LinAlgError:  # a penalty below the rounding of the sums
+        return np.asarray(np.linalg.lstsq(raised, cross, rcond=None)[0])

@@ -22,6 +22,8 @@ class Need(Enum):
         VIEWS: Mean vectors of two halves of the tokens of a few samples, at every depth.
         ATTENTION: Attention maps of a few samples, reduced to their ranks.
         INPUTS: Uncentred second moments of what each weighted operator reads, float64.
+        VECTORS: Some of what each weighted operator reads, kept whole, and the reach of each of its channels;
+            what INPUTS holds but for the moments, which take the square of the width.
         EXAMPLES: Mean vector length of each example at each depth.
         DAMAGES: Measured damage of changing one site (:mod:`lamina.analysis.single_site`); like the two that
             follow, no forward run of the model as it is gives it.
@@ -36,6 +38,7 @@ class Need(Enum):
     VIEWS = "views"
     ATTENTION = "attention"
     INPUTS = "inputs"
+    VECTORS = "vectors"
     EXAMPLES = "examples"
     DAMAGES = "damages"
     SKIPS = "skips"

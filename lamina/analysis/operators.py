@@ -152,25 +152,37 @@ def _matrix(node: ir.Node) -> WeightedOperator | str | None:
 
 
 def _conv(node: ir.Node, shapes: Mapping[str, Observed]) -> WeightedOperator | str | None:
-    data, weight = node.inputs[0], node.inputs[1]
-    array = constant(weight)
-    if array is None or data is None or weight is None or (data.name or "") not in shapes:
+    data, array = node.inputs[0], constant(node.inputs[1])
+    if array is None or data is None or (data.name or "") not in shapes:
         return "its kernel is not constant"
-    rank = array.ndim - 2
+    return convolution(node, data, array.shape, shapes)
+
+
+def convolution(
+    node: ir.Node, data: ir.Value, weight: tuple[int, ...], shapes: Mapping[str, Observed]
+) -> WeightedOperator:
+    """How a Conv with a kernel of shape ``weight`` reads ``data``.
+
+    Args:
+        node: The convolution.
+        data: What it reads, or what that is made from in the same shape.
+        weight: ``[out, in / group, *window]``.
+        shapes: Of values for some feeds; hold that of ``data``.
+    """
+    rank = len(weight) - 2
     strides = tuple(node.attributes.get_ints("strides") or (1,) * rank)
     dilations = tuple(node.attributes.get_ints("dilations") or (1,) * rank)
-    kernel = tuple(array.shape[2:])
+    kernel = tuple(weight[2:])
     pads = tuple(node.attributes.get_ints("pads") or (0,) * (2 * rank))
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         pads = _same(shapes[data.name or ""][0][2:], kernel, strides, dilations, mode == "SAME_LOWER")
-    group = int(node.attributes.get_int("group", 1) or 1)
     return WeightedOperator(
         node.name or "",
         "conv",
         data.name or "",
-        weight.name or "",
-        group=group,
+        (node.inputs[1].name if node.inputs[1] is not None else "") or "",
+        group=int(node.attributes.get_int("group", 1) or 1),
         kernel=kernel,
         strides=strides,
         pads=pads,

@@ -11,7 +11,7 @@ import numpy as np
 
 from lamina.analysis.arena import share_arena
 from lamina.analysis.attention import AttentionStatistics
-from lamina.analysis.collector import Collector
+from lamina.analysis.collector import OF_OPERATORS, Collector
 from lamina.analysis.depths import DepthStatistics
 from lamina.analysis.inputs import InputStatistics
 from lamina.analysis.instrument import (
@@ -22,6 +22,7 @@ from lamina.analysis.instrument import (
     require_finite,
 )
 from lamina.analysis.matching import Match
+from lamina.analysis.moments import Moments
 from lamina.analysis.needs import DEFAULT_MASK, Looks, Need
 from lamina.analysis.operators import WeightedOperator
 from lamina.analysis.residual import BranchProbe, BranchStatistics
@@ -58,6 +59,7 @@ class Statistics:
         pairs: ``"a | b"`` -> damage of changing both sites less that of each.
         matches: Branch -> moments of what enters it and what it adds; like ``damages`` put in
             (:func:`lamina.analysis.matching.collect_matches`).
+        channels: Value -> second moments of its vectors (:func:`lamina.analysis.channels.collect_channels`).
         losses: float64 ``[rows]``: loss of each row of the data in low bits, or of another change.
     """
 
@@ -75,6 +77,7 @@ class Statistics:
     skips: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     pairs: Mapping[str, float] = field(default_factory=dict)
     matches: Mapping[str, Match] = field(default_factory=dict)
+    channels: Mapping[str, Moments] = field(default_factory=dict)
     losses: np.ndarray = field(default_factory=lambda: np.zeros(0))
     views: Mapping[str, Invariance] = field(default_factory=dict)
 
@@ -120,7 +123,7 @@ def collect(
     threads = threads or available_threads()
     mask = _mask_name(dataset, mask)
     look = looks or Looks()
-    observed = frozenset(needs) if branches or Need.INPUTS in needs else frozenset()
+    observed = frozenset(needs) if branches or OF_OPERATORS & set(needs) else frozenset()
     first = next(iter(batches.batches()))
     taken = Collector.of(program, first, branches, observed, look)
     range_sums = {name: RangeAccumulator() for name in dict.fromkeys(ranges)}

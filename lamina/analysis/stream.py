@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,13 +52,19 @@ class Stream:
         self._kept: list[dict[str, np.ndarray]] = [{} for _ in feeds]
         self._threads = threads
 
-    def rest(self, program: Program, wanted: Sequence[str], free: Collection[str] = ()) -> Rest:
+    def rest(
+        self,
+        program: Program,
+        wanted: Sequence[str],
+        loosen: Callable[[Program], Sequence[str]] | None = None,
+    ) -> Rest:
         """What runs from where the stream is to ``wanted``; the stream stays.
 
         Args:
             program: The program, changed at will behind what was settled in the last :meth:`run`.
             wanted: Names of values.
-            free: Names of initializers that each run is given.
+            loosen: Given a copy of what is left to run, may change it, and names the initializers of it that
+                each run is given.
 
         Raises:
             BackendError: ONNX Runtime refuses the rest.
@@ -66,16 +72,14 @@ class Stream:
         known = set(self._feeds[0]) | set(self._kept[0])
         make = [name for name in dict.fromkeys(wanted) if name not in known]
         piece, reads = open_after(program, known, make)
-        loose = []
+        free = loosen(piece) if loosen is not None else ()
         for name in free:
-            if name in piece.graph.initializers:
-                value = piece.graph.initializers.pop(name)
-                value.const_value = None
-                piece.graph.inputs.append(value)
-                loose.append(name)
-        session = InstrumentedSession(piece, threads=self._threads) if make else None
+            value = piece.graph.initializers.pop(name)
+            value.const_value = None
+            piece.graph.inputs.append(value)
+        session = InstrumentedSession(piece, threads=self._threads, own=True) if make else None
         held = [{**feeds, **kept} for feeds, kept in zip(self._feeds, self._kept, strict=True)]
-        return Rest(session, reads, make, list(wanted), loose, held)
+        return Rest(session, reads, make, list(wanted), list(free), held)
 
     def run(
         self, program: Program, wanted: Collection[str], settled: Collection[str]
@@ -95,7 +99,7 @@ class Stream:
         make = [name for name in dict.fromkeys((*wanted, *keep)) if name not in known]
         piece, reads = open_after(program, known, make)
         made = [v.name or "" for v in piece.graph.outputs]
-        session = InstrumentedSession(piece, threads=self._threads) if made else None
+        session = InstrumentedSession(piece, threads=self._threads, own=True) if made else None
         for number, (feeds, kept) in enumerate(zip(self._feeds, self._kept, strict=True)):
             have = {**feeds, **kept}
             given = {label: have[name] for label, name in reads.items()}

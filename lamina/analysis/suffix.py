@@ -6,9 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from lamina.analysis.instrument import add_outputs
 from lamina.ir.names import reads
 from lamina.ir.program import Program
 
@@ -129,33 +127,46 @@ def _constants(graph: ir.Graph) -> set[ir.Value]:
 
 
 def _open_at(changed: Program, inputs: Mapping[str, str], makes: Sequence[str]) -> Program:
-    """A clone that reads ``inputs`` (value -> input name) instead of computing them."""
-    clone = changed.clone()
-    graph = clone.graph
+    """A copy of what makes ``makes``, reading ``inputs`` (value -> input name) instead of computing them.
+
+    Costs the nodes that are copied, not those of the program.
+    """
+    graph = changed.graph
     values = {v.name or "": v for n in graph for v in n.outputs}
     values |= {v.name or "": v for v in graph.inputs}
-    add_outputs(clone.model, makes, changed.source)
-    for value in [v for v in graph.outputs if v.name not in makes]:
-        graph.outputs.remove(value)
-    subgraphs = [g for g in clone.model.graphs() if g is not graph]
-    fed = []
-    for name, label in inputs.items():
-        old = values[name]
-        new = ir.Value(name=label, shape=old.shape, type=old.type)
-        for use in tuple(old.uses()):
-            use.node.replace_input_with(use.idx, new)
-        for inner in subgraphs:
-            # a subgraph may hand out an outer value as it is; that is no use of it
-            for i, value in enumerate(inner.outputs):
-                if value is old:
-                    inner.outputs[i] = new
-        fed.append(new)
-    for value in list(graph.inputs):
-        if value.name not in graph.initializers:
-            graph.inputs.remove(value)
-    graph.inputs.extend(fed)
-    RemoveUnusedNodesPass()(clone.model)
-    for name, weight in list(graph.initializers.items()):
-        if not weight.uses() and not weight.is_graph_output():
-            del graph.initializers[name]
-    return clone
+    fed = [values[name] for name in inputs]
+    ends = [values[name] for name in makes]
+    nodes, weights = _needed(ends, set(fed))
+    view = ir.GraphView(
+        fed,
+        ends,
+        nodes=[n for n in graph if n in nodes],
+        initializers=[v for v in graph.initializers.values() if v in weights],
+        opset_imports=dict(graph.opset_imports),
+        name=graph.name,
+    )
+    old = changed.model
+    model = ir.Model(
+        view.clone(), ir_version=old.ir_version, functions=[f.clone() for f in old.functions.values()]
+    )
+    for value, label in zip(model.graph.inputs, inputs.values(), strict=True):
+        value.name = label
+    return Program(model, changed.source, changed.example, changed.example_is_synthetic)
+
+
+def _needed(ends: Sequence[ir.Value], fed: set[ir.Value]) -> tuple[set[ir.Node], set[ir.Value]]:
+    """The nodes that make ``ends`` from ``fed``, and everything else they read that no node makes."""
+    nodes: set[ir.Node] = set()
+    given: set[ir.Value] = set()
+    pending = list(ends)
+    while pending:
+        value = pending.pop()
+        maker = value.producer()
+        if value in fed or maker in nodes:
+            continue
+        if maker is None:
+            given.add(value)
+            continue
+        nodes.add(maker)
+        pending += reads(maker)
+    return nodes, given

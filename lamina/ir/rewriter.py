@@ -208,6 +208,21 @@ class Rewriter:
         if doomed:
             self.graph.remove(doomed, safe=True)
 
+    def rename(self, node: ir.Node, name: str, outputs: Sequence[str | None] = ()) -> None:
+        """Give a node and its outputs the names of nodes and values that are gone; None leaves an output's.
+
+        Raises:
+            PassError: A node of that name is in the model.
+        """
+        if self.has_node(name):
+            raise PassError(f"a node is called '{name}'", advice="remove it before its name is given away")
+        self._index.drop([node])
+        node.name = name
+        self._index.add(node)
+        for value, label in zip(node.outputs, outputs, strict=False):
+            if label is not None:
+                value.name = label
+
     def forget(self, nodes: Iterable[ir.Node]) -> None:
         """Drop nodes from the index without touching the graph (they moved to a subgraph elsewhere)."""
         self._index.drop(nodes)

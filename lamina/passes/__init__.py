@@ -14,14 +14,28 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("drop", "lamina.passes.drop_branch:DropBranch"),
     ("direct-matching", "lamina.passes.replace_branch:ReplaceBranch"),
     ("merge-conv-chain", "lamina.passes.merge_conv_chain:MergeConvChain"),
+    ("share", "lamina.passes.share:Share"),
+    ("flatten-blocks", "lamina.passes.flatten_blocks:FlattenBlocks"),
+    ("parallel-layers", "lamina.passes.parallel_layers:ParallelLayers"),
+    ("merge-neurons-ot", "lamina.passes.merge_neurons_ot:MergeNeuronsOt"),
+    ("iterative-feature-merging", "lamina.passes.iterative_feature_merging:IterativeFeatureMerging"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
+
+# Those a search uses only when they are named. share: what it saves drop saves too, for about as much damage,
+# and time with it; storing weights in fewer bits saves more for less (docs/depth.md, "Sharing").
+ON_REQUEST = frozenset({"share"})
 
 
 def transform_names() -> tuple[str, ...]:
     """Names of every transform, ours first."""
     ours = tuple(name for name, _ in TRANSFORMS)
     return ours + tuple(_installed())
+
+
+def default_transforms() -> tuple[str, ...]:
+    """Names of the transforms a search uses when none are named."""
+    return tuple(name for name in transform_names() if name not in ON_REQUEST)
 
 
 @cache

@@ -21,12 +21,39 @@ Segments = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
+class Tiling:
+    """A way to run convolutions in a row that was planned over their whole chain.
+
+    Attributes:
+        convs: Names of their nodes.
+        segments: First and last of each part that becomes one convolution; they tile ``convs``.
+        without: Convolutions that are dropped beforehand.
+    """
+
+    convs: tuple[str, ...]
+    segments: Segments
+    without: tuple[int, ...] = ()
+
+    @property
+    def site(self) -> str:
+        """Name of the site it is an option of."""
+        return f"{self.convs[0]}..{self.convs[-1]}"
+
+    @property
+    def option(self) -> str:
+        """Name of that option."""
+        label = ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in self.segments)
+        return f"merge {label}" + (f" without {','.join(map(str, self.without))}" if self.without else "")
+
+
+@dataclass(frozen=True)
 class MergeConvChain(Transform):
     """Replace Conv, activation, Conv by one Conv that computes both without the activation.
 
     Fires: runs of convolutions that are read once, with activations and batch normalizations between them
         (:mod:`lamina.passes.conv_chains`); any kernel, stride, dilation, groups, 1 to 3 spatial axes. A long
         run is offered in windows of ``longest``; each way to merge neighbours in a window is one option.
+        What was ``planned`` over whole chains is offered beside, in windows of its own.
     Refuses: merges that multiply the window's multiply-adds by more than ``growth``; merges that differ at
         the borders beside the lost activations, where ``edges`` is False; weights that are no constants;
         padding that depends on the input's size.
@@ -42,14 +69,16 @@ class MergeConvChain(Transform):
         longest: Convolutions a window.
         growth: Most multiply-adds of an option, in those of the window.
         edges: Whether merges are offered that change borders too.
+        planned: Ways that are offered whatever the other fields say (:mod:`lamina.planner.chain_plans`).
     """
 
     longest: int = 3
     growth: float = 1.5
     edges: bool = True
+    planned: tuple[Tiling, ...] = ()
 
     paper: ClassVar[str] = "arXiv:2406.12837"
-    axes: ClassVar[tuple[str, ...]] = ("latency", "size", "flops")
+    axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory", "flops")
     needs: ClassVar[frozenset[Need]] = frozenset()
     name: ClassVar[str] = "merge-conv-chain"
     removes_site: ClassVar[bool] = True
@@ -63,18 +92,21 @@ class MergeConvChain(Transform):
         chains, refused = conv_chains(program)
         nodes = {n.name: n for n in program.graph}
         for chain in chains:
-            for first, last in self._windows(chain):
-                part = chain.part(first, last)
-                ways, why = self._ways(part)
-                if not ways:
-                    yield Refusal(self.name, part.convs[0], why)
-                    continue
-                yield chain_site(part, nodes)
+            planned = self._planned(chain)
+            windows = list(self.windows(chain))
+            for first, last in windows:
+                ways, why = self._ways(chain.part(first, last))
+                if ways:
+                    planned.add((first, last))
+                elif (first, last) not in planned:
+                    yield Refusal(self.name, chain.convs[first], why)
+            for first, last in sorted(planned):
+                yield chain_site(chain.part(first, last), nodes)
         for name, reason in refused.items():
             yield Refusal(self.name, name, reason)
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
-        """One option a way to merge neighbours in the window."""
+        """One option a way to merge neighbours in the window, and what was planned for it."""
         nodes = {n.name: n for n in program.graph}
         if any(name not in nodes for name in site.nodes):
             raise PassError(
@@ -82,13 +114,10 @@ class MergeConvChain(Transform):
                 advice="take the sites from the program the options are for",
             )
         part = chain_of([nodes[name] for name in site.nodes])
-        ways, _ = self._ways(part)
-        found = []
-        for segments, share, edges in ways:
-            label = ",".join(f"{a}-{b}" if b > a else f"{a}" for a, b in segments)
-            parameters = {"segments": [list(s) for s in segments], "flops_share": share, "edges": edges}
-            found.append(Option(f"merge {label}", parameters))
-        return tuple(found)
+        ways = self._ways(part)[0] if len(part.convs) <= self.longest else []
+        found = [chain_option(part, segments) for segments in ways]
+        found += [chain_option(part, t.segments, t.without) for t in self.planned if t.convs == part.convs]
+        return tuple({option.name: option for option in found}.values())
 
     def emit(
         self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]
@@ -118,7 +147,7 @@ class MergeConvChain(Transform):
 
     # -- what is worth offering ---------------------------------------------------------------------
 
-    def _windows(self, chain: ConvChain) -> Iterator[tuple[int, int]]:
+    def windows(self, chain: ConvChain) -> Iterator[tuple[int, int]]:
         """Windows without overlap that hold every merge that does not grow, as far as they can.
 
         From the left: each begins at a convolution whose merge with the next is worth offering.
@@ -132,23 +161,24 @@ class MergeConvChain(Transform):
             else:
                 first += 1
 
-    def _ways(self, part: ConvChain) -> tuple[list[tuple[Segments, float, bool]], str]:
-        """Segments, share of multiply-adds left, and whether borders change, of each offered way."""
-        each = [(i, i) for i in range(len(part.convs))]
-        now = sum(_macs(part, each, [f.shape for f in part.forms]))
+    def _planned(self, chain: ConvChain) -> set[tuple[int, int]]:
+        """First and last convolution of everything planned for a chain."""
+        place = {name: i for i, name in enumerate(chain.convs)}
+        return {(place[t.convs[0]], place[t.convs[-1]]) for t in self.planned if t.convs[0] in place}
+
+    def _ways(self, part: ConvChain) -> tuple[list[Segments], str]:
+        """The ways to cut a window that are worth offering; why the others are not."""
         found, why = [], "no two of its convolutions can be merged"
         for segments in partitions(len(part.convs)):
             if len(segments) == len(part.convs):
                 continue
-            shapes = [s for a, b in segments if (s := part.shape(a, b)) is not None]
-            share = sum(_macs(part, segments, shapes)) / max(now, 1e-300)
-            edges = any(shape.edges for shape in shapes)
+            share, edges = _effects(part, segments)
             if share > self.growth:
                 why = f"the merged kernels take {share:.1f} times the multiply-adds"
             elif edges and not self.edges:
                 why = "the merged kernels differ at the borders, where the second convolution pads"
             else:
-                found.append((segments, share, edges))
+                found.append(segments)
         return found, why
 
 
@@ -159,13 +189,41 @@ def partitions(count: int) -> Iterator[Segments]:
         yield tuple(zip(starts, [*(s - 1 for s in starts[1:]), count - 1], strict=True))
 
 
-def _macs(
-    part: ConvChain, segments: Sequence[tuple[int, int]], shapes: Sequence[ConvShape]
-) -> Iterator[float]:
-    """Multiply-adds of each segment for one position of the chain's output."""
+def chain_option(part: ConvChain, segments: Segments, without: Sequence[int] = ()) -> Option:
+    """The option that runs a chain, or a part of one, in segments.
+
+    Args:
+        part: The chain.
+        segments: First and last convolution of each; they tile it.
+        without: Convolutions that are dropped.
+    """
+    share, edges = _effects(part, segments, without)
+    parameters: dict[str, Any] = {
+        "segments": [list(s) for s in segments],
+        "flops_share": share,
+        "edges": edges,
+    }
+    if without:
+        parameters["without"] = list(without)
+    return Option(Tiling(part.convs, segments, tuple(without)).option, parameters)
+
+
+def _effects(part: ConvChain, segments: Segments, without: Sequence[int] = ()) -> tuple[float, bool]:
+    """Share of multiply-adds that is left, and whether borders change beside the lost activations."""
+    shapes = [part.shape(a, b, without) for a, b in segments]
+    each = [(i, i) for i in range(len(part.convs))]
+    now = _macs(part, each, [f.shape for f in part.forms])
+    edges = any(shape is not None and shape.edges for shape in shapes)
+    return _macs(part, segments, shapes) / max(now, 1e-300), edges
+
+
+def _macs(part: ConvChain, segments: Sequence[tuple[int, int]], shapes: Sequence[ConvShape | None]) -> float:
+    """Multiply-adds of all segments for one position of the chain's output; None makes none."""
+    total = 0.0
     for (_, last), shape in zip(segments, shapes, strict=True):
         later = prod(s for other in part.forms[last + 1 :] for s in other.shape.strides)
-        yield float(shape.taps * later)
+        total += 0.0 if shape is None else float(shape.taps * later)
+    return total
 
 
 # -- sites and nodes ----------------------------------------------------------------------------------
@@ -182,7 +240,7 @@ def chain_site(part: ConvChain, nodes: Mapping[str | None, ir.Node]) -> Site:
     ]
     return Site(
         MergeConvChain.name,
-        f"{part.convs[0]}..{part.convs[-1]}",
+        Tiling(part.convs, ()).site,
         f"conv-chain-{len(part.convs)}",
         tuple(names),
         ("" if source is None else source.name or "",),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
+from lamina.data import Dataset
 from lamina.ir.names import every_node
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
@@ -32,7 +33,7 @@ class Lossy:
 
 
 Effect = Exact | Rounding | Lossy
-Need = Literal["ranges", "branches", "matches"]
+Need = Literal["ranges", "inputs", "vectors", "branches", "matches", "channels"]
 Form = Literal["float", "int8"]
 
 
@@ -79,12 +80,15 @@ class Option:
         input_form: What the emitted nodes read at the site's borders: ``int8`` when a neighbour that emits
             the same quantized tensor spares the conversion.
         output_form: Likewise for what they write.
+        borrows: Names of initializers of other sites that the emitted nodes read: they stay in the file for
+            them, whatever becomes of those sites.
     """
 
     name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     input_form: Form = "float"
     output_form: Form = "float"
+    borrows: tuple[str, ...] = ()
 
 
 def pass_name(cls: type) -> str:
@@ -127,12 +131,18 @@ class Transform:
     minimum_opset: ClassVar[int] = 13
     # Options that change how weights are kept in the file and nothing at run time: they never gain latency.
     storage_only: ClassVar[frozenset[str]] = frozenset()
+    # Options that run the site's own operators on other weights of their shapes: by definition as fast as it.
+    same_work: ClassVar[frozenset[str]] = frozenset()
     # Whether every option takes the site's nodes out, so that no other move inside it means anything.
     removes_site: ClassVar[bool] = False
 
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Every site of ``program``; reads only."""
         raise NotImplementedError
+
+    def collect(self, program: Program, dataset: Dataset, statistics: Any) -> Any:
+        """The statistics with what the options need beyond ranges, from calibration samples."""
+        return statistics
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
         """The options of one site on ``target``; ``statistics`` is what the calibration run collected."""

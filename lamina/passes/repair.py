@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,54 +79,66 @@ def apply_repairs(program: Program, repairs: Sequence[Repair]) -> Program:
     rewriter = Rewriter(clone.model)
     unread = frozenset(n for n, v in program.graph.initializers.items() if not v.uses())
     for repair in repairs:
-        _apply(repair, rewriter)
+        put(rewriter, repair.node, repair.operand, unpacked(repair.array))
     remove_unused_initializers(clone.model, keep=unread)
     return clone
 
 
-def _apply(repair: Repair, rewriter: Rewriter) -> None:
-    node, array = rewriter.node(repair.node), unpacked(repair.array)
-    if repair.operand == BEHIND:
-        _add_behind(node, array, rewriter)
-        return
-    if repair.operand >= len(node.inputs) or node.inputs[repair.operand] is None:
-        if node.op_type not in ("Gemm", "Conv") or repair.operand != 2:
+def put(rewriter: Rewriter, name: str, operand: int, array: np.ndarray) -> ir.Value:
+    """Give a node an operand of its own, in place; returns it. What it had stays, for others or unread.
+
+    Raises:
+        PassError: The node is missing, or reads something of another shape or dtype there.
+    """
+    node = rewriter.node(name)
+    if operand == BEHIND:
+        return _shift_behind(node, array, rewriter)
+    if operand >= len(node.inputs) or node.inputs[operand] is None:
+        if node.op_type not in ("Gemm", "Conv") or operand != 2:
             raise PassError(
-                f"operand {repair.operand} of '{node.name}' does not exist",
-                advice="the plan was made for another model",
+                f"operand {operand} of '{name}' does not exist", advice="the plan was made for another model"
             )
         if len(node.inputs) == 2:
             node.resize_inputs(3)
-        node.replace_input_with(2, rewriter.constant(array, f"{node.name}_bias"))
-        return
-    old = node.inputs[repair.operand]
+        fresh = rewriter.constant(array, f"{name}_bias")
+        node.replace_input_with(2, fresh)
+        return fresh
+    old = node.inputs[operand]
     tensor = None if old is None else old.const_value
     if old is None or tensor is None:
         raise PassError(
-            f"operand {repair.operand} of '{node.name}' is no weight",
+            f"operand {operand} of '{name}' is no weight",
             advice="the plan was made for another model",
         )
     if tuple(tensor.shape.numpy()) != array.shape or tensor.dtype.numpy() != array.dtype:
         raise PassError(
             f"weight '{old.name}' is {tensor.dtype.name} {list(tensor.shape.numpy())}, "
             f"the repair {array.dtype.name} {list(array.shape)}",
-            where=f"node '{node.name}'",
+            where=f"node '{name}'",
             advice="the plan was made for another model",
         )
-    node.replace_input_with(repair.operand, rewriter.constant(array, f"{old.name}_refit"))
+    fresh = rewriter.constant(array, f"{old.name}_refit")
+    node.replace_input_with(operand, fresh)
+    return fresh
 
 
-def _add_behind(node: ir.Node, array: np.ndarray, rewriter: Rewriter) -> None:
-    """``y + array`` for everybody who read y."""
+def _shift_behind(node: ir.Node, array: np.ndarray, rewriter: Rewriter) -> ir.Value:
+    """``y + array`` for everybody who read y; returns what holds the array."""
+    bias = rewriter.constant(array, f"{node.name}_bias")
+    add_behind(node, lambda: bias, rewriter, f"{node.name}_shifted")
+    return bias
+
+
+def add_behind(node: ir.Node, build: Callable[[], ir.Value], rewriter: Rewriter, name: str) -> None:
+    """The node's first output and what ``build`` makes, summed, for everybody who read the output."""
     value = node.outputs[0]
     after = next((n for n in rewriter.graph if any(v is value for v in n.inputs)), None)
-    bias = rewriter.constant(array, f"{node.name}_bias")
-    added = rewriter.at(after).op(
-        "Add", [value, bias], name=f"{node.name}_shifted", dtype=value.dtype, shape=value.shape
-    )
+    rewriter.at(after)
+    term = build()
+    added = rewriter.op("Add", [value, term], name=name, dtype=value.dtype, shape=value.shape)
     rewriter.at(None)
     maker, shown = added.producer(), value.is_graph_output()
     rewriter.replace_uses(value, added, keep=() if maker is None else (maker,))
     if not shown:  # later repairs know it by the name it had
-        name, value.name = value.name, rewriter.fresh(f"{value.name}_unshifted")
-        added.name = name
+        known, value.name = value.name, rewriter.fresh(f"{value.name}_unshifted")
+        added.name = known

@@ -12,6 +12,7 @@ from lamina.analysis.operators import WeightedOperator, weighted_operators
 from lamina.ir.fingerprint import value_digests
 from lamina.ir.program import Program
 from lamina.ir.shapes import Observed
+from lamina.passes.fixed_weights import fixed_operators
 from lamina.passes.pass_ import Refusal
 
 NAME = "compensate"
@@ -39,6 +40,9 @@ class RepairSite:
         bias: Node and operand that hold the bias; None where there is none.
         addable: Whether a bias can be given to an operator without one; costs an operand (Conv, Gemm) or an
             addition (MatMul).
+        width: Channels of its output.
+        dtype: Numpy name of its output's type.
+        fixed: Whether its weight is made from constants and cannot be refitted (quantized forms).
     """
 
     node: str
@@ -50,6 +54,9 @@ class RepairSite:
     weight: int
     bias: tuple[str, int] | None
     addable: bool = False
+    width: int = 0
+    dtype: str = "float32"
+    fixed: bool = False
 
 
 def repair_sites(
@@ -74,9 +81,12 @@ def repair_sites(
     """
     finder = _Finder(original, changed, shapes, original_shapes, stands_for or {})
     operators, left = weighted_operators(changed, shapes)
+    fixed = fixed_operators(changed, shapes)
     for node in changed.graph:
         name = node.name or ""
-        if name in operators:
+        if name in fixed:
+            found = finder.linear(node, fixed[name], fixed=True)
+        elif name in operators:
             found = finder.linear(node, operators[name])
         elif node.op_type in _NORMS:
             found = finder.norm(node)
@@ -100,6 +110,7 @@ class _Finder:
         before, after = value_digests([original.model, changed.model])
         self._before = {v.name: d for v, d in before.items() if v.name}
         self._after = {v.name: d for v, d in after.items() if v.name}
+        self._rectified = {n.inputs[0].name for n in original.graph if n.op_type == "Relu" and n.inputs[0]}
         self._shapes, self._original_shapes, self._stands_for = shapes, original_shapes, stands_for
 
     def target(self, value: ir.Value) -> str | None:
@@ -110,30 +121,34 @@ class _Finder:
             return None
         return found if self._original_shapes[found][0] == self._shapes[name][0] else None
 
-    def linear(self, node: ir.Node, operator: WeightedOperator) -> RepairSite | Refusal | None:
+    def linear(
+        self, node: ir.Node, operator: WeightedOperator, *, fixed: bool = False
+    ) -> RepairSite | Refusal | None:
         label = node.name or ""
-        weight = node.inputs[1 - operator.side if operator.kind == "matmul" else 1]
         if operator.side == 1:
             return Refusal(NAME, label, "its weight stands on the left")
-        reason = _weight_reason(weight) or _gemm_reason(node)
+        reason = (None if fixed else _weight_reason(node.inputs[1])) or _gemm_reason(node)
         if reason is not None:
             return Refusal(NAME, label, reason)
-        bias, end = _bias(node, self._width(node))
+        width = self._width(node)
+        bias, end = _bias(node, width)
         value, summed = end, False
         target = self.target(end)
         while (following := self._sum_behind(value)) is not None:
             value = following
             if (found := self.target(value)) is not None:
                 target, end, summed = found, value, True
+        if (found := self._through_relu(value)) is not None:
+            target, end, summed = found, value, True
         if target is None:
             return Refusal(NAME, label, "the original has nothing to compare its output with")
         if self._clean(end, target):
             return None
         role = "writer" if summed else "reader"
         addable = bias is None and (len(node.inputs) < 3 or node.inputs[2] is None)
-        return RepairSite(
-            label, role, operator, operator.activation, end.name or "", target, 1, bias, addable
-        )
+        read, name = operator.activation, end.name or ""
+        kind = self._shapes[name][1].name
+        return RepairSite(label, role, operator, read, name, target, 1, bias, addable, width, kind, fixed)
 
     def norm(self, node: ir.Node) -> RepairSite | Refusal | None:
         label, value = node.name or "", node.outputs[0]
@@ -163,6 +178,21 @@ class _Finder:
     def _width(self, node: ir.Node) -> int:
         shape = self._shapes[node.outputs[0].name or ""][0]
         return shape[1 if node.op_type == "Conv" else -1]
+
+    def _through_relu(self, value: ir.Value) -> str | None:
+        """The sum that ``value`` should be where its Relu stands for one that goes through a Relu too.
+
+        Blocks that end in ``relu(x + f(x))``: without f, the Relu before should be relu(sum), which it is
+        where what it reads is that sum.
+        """
+        uses = value.uses()
+        node = next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
+        if node is None or node.op_type != "Relu" or node.domain:
+            return None
+        name = node.outputs[0].name or ""
+        if name not in self._stands_for or (target := self.target(node.outputs[0])) is None:
+            return None
+        return target if target in self._rectified else None
 
     def _sum_behind(self, value: ir.Value) -> ir.Value | None:
         """The sum of ``value`` and another activation of its shape, if nothing else reads ``value``."""

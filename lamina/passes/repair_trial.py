@@ -14,15 +14,24 @@ from lamina.analysis.stream import Stream
 from lamina.data import Dataset
 from lamina.errors import PassError
 from lamina.ir.program import Program
-from lamina.passes.repair import BEHIND, Repair, apply_repairs, packed, unpacked
+from lamina.ir.rewriter import Rewriter
+from lamina.passes.drop_branch import remove_unused_initializers
+from lamina.passes.repair import BEHIND, Repair, packed, put, unpacked
 from lamina.passes.repair_sites import RepairSite
 from lamina.quality import Metric
+
+# Half-way a trial may be so many times the best so far, and go on.
+_CLEARLY = 1.25
 
 Place = tuple[str, int]  # a node and which of its operands
 
 
 class Trial:
-    """Says whether repairs bring the outputs nearer to the original's, on held-out batches."""
+    """Says whether repairs bring the outputs nearer to the original's, on held-out batches.
+
+    Attributes:
+        best: The least divergence so far.
+    """
 
     def __init__(
         self, original: Program, batches: Sequence[Dataset], streams: tuple[Stream, Stream], metric: Metric
@@ -32,39 +41,48 @@ class Trial:
         self._outputs = [port.name for port in original.outputs]
         rest = streams[0].rest(original, self._outputs)
         self._reference = [rest.run(i, {}) for i in self._numbers]
-        self._best = float("inf")
+        self._features: list[np.ndarray] = []
+        self.best = float("inf")
 
     def begin(self, program: Program, places: Mapping[Place, np.ndarray]) -> None:
         """Compile what follows the stream once, with the operands at ``places`` left open."""
-        # each gets an initializer of its own first, so that nobody else sees what is tried
-        same = [Repair(*place, packed(array)) for place, array in places.items()]
-        prepared = apply_repairs(program, same)
-        nodes = {n.name: n for n in prepared.graph}
-        self._names = {place: _operand(nodes[place[0]], place[1]) for place in places}
-        self._weights = {self._names[place]: array for place, array in places.items()}
-        self._rest = self._stream.rest(prepared, self._outputs, list(self._weights))
+        self._names: dict[Place, str] = {}
+        self._weights: dict[str, np.ndarray] = {}
+
+        def loosen(piece: Program) -> list[str]:
+            # each gets an initializer of its own first, so that nobody else sees what is tried
+            rewriter = Rewriter(piece.model)
+            for place, array in places.items():
+                if rewriter.has_node(place[0]):  # else no output depends on it
+                    name = put(rewriter, *place, array).name or ""
+                    self._names[place], self._weights[name] = name, array
+            remove_unused_initializers(piece.model)
+            return list(self._weights)
+
+        self._rest = self._stream.rest(program, self._outputs, loosen)
 
     def better(self, repairs: Sequence[Repair] = ()) -> bool:
-        """Whether the outputs diverge less with the repairs than with everything tried before."""
-        fresh = {self._names[r.node, r.operand]: unpacked(r.array) for r in repairs}
-        weights = {**self._weights, **fresh}
-        features = [
-            self._metric.features(self._rest.run(number, weights), self._batches[number], reference)
-            for number, reference in zip(self._numbers, self._reference, strict=True)
-        ]
+        """Whether the outputs diverge less with the repairs than with everything tried before.
+
+        Given up half-way where they diverge clearly more by then.
+        """
+        places = [(r, self._names.get((r.node, r.operand))) for r in repairs]
+        weights = {**self._weights, **{name: unpacked(r.array) for r, name in places if name is not None}}
+        features: list[np.ndarray] = []
+        for done, number in enumerate(self._numbers):
+            if done and done == len(self._numbers) // 2 and self._features:
+                reached, was = (
+                    self._metric.score(np.concatenate(f[:done])) for f in (features, self._features)
+                )
+                if reached > _CLEARLY * was:
+                    return False
+            made, reference = self._rest.run(number, weights), self._reference[done]
+            features.append(self._metric.features(made, self._batches[number], reference))
         found = self._metric.score(np.concatenate(features))
-        if not found < self._best:
+        if not found < self.best:
             return False
-        self._best = found
+        self.best, self._features = found, features
         return True
-
-
-def _operand(node: ir.Node, operand: int) -> str:
-    """Name of the weight at a place; behind a node, of what is added there."""
-    if operand == BEHIND:
-        node, operand = next(iter(node.outputs[0].uses())).node, 1
-    value = node.inputs[operand]
-    return "" if value is None else value.name or ""
 
 
 def open_places(wave: Sequence[RepairSite], program: Program, *, add_biases: bool) -> dict[Place, np.ndarray]:
@@ -73,18 +91,18 @@ def open_places(wave: Sequence[RepairSite], program: Program, *, add_biases: boo
     found: dict[Place, np.ndarray] = {}
     for site in wave:
         node = nodes[site.node]
-        weight = constant(node.inputs[site.weight])
-        if weight is None:
-            raise PassError(f"the weight of '{site.node}' is gone", advice="this is a bug in compensate")
-        found[site.node, site.weight] = weight
+        if not site.fixed:
+            weight = constant(node.inputs[site.weight])
+            if weight is None:
+                raise PassError(f"the weight of '{site.node}' is gone", advice="this is a bug in compensate")
+            found[site.node, site.weight] = weight
         if site.bias is not None:
             bias = constant(nodes[site.bias[0]].inputs[site.bias[1]])
             if bias is None:
                 raise PassError(f"the bias of '{site.node}' is gone", advice="this is a bug in compensate")
             found[site.bias] = bias
         elif add_biases and site.addable and site.operator is not None:
-            width = weight.shape[-1 if site.operator.flipped else 0]
-            found[_added(node)] = np.zeros(width, weight.dtype)
+            found[_added(node)] = np.zeros(site.width, np.dtype(site.dtype))
     return found
 
 
@@ -95,8 +113,8 @@ def _added(node: ir.Node) -> Place:
 
 def repairs_of(site: RepairSite, found: Correction, places: Mapping[Place, np.ndarray]) -> Iterator[Repair]:
     """The site's weight and bias with the correction added, in the dtypes they are stored in."""
-    weight = places[site.node, site.weight]
     fits = bool(np.any(found.matrix))
+    weight = places[site.node, site.weight] if fits else np.zeros(0)
     if fits and site.operator is None:
         # the gain scales what the norm made; the correction, what gain and shift made of it
         fresh = (1 + found.matrix) * weight.astype(np.float64)

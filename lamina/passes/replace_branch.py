@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from lamina.analysis.matching import Match, MatchProbe
+from lamina.analysis.matching import Match, MatchProbe, collect_matches
 from lamina.analysis.moments import RIDGES, Correction, Moments, ridge_correction
-from lamina.errors import PassError
+from lamina.data import Dataset
+from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.drop_branch import DropBranch
@@ -79,6 +80,13 @@ class ReplaceBranch(Transform):
             for s in self.sites(program)
             if isinstance(s, Site)
         )
+
+    def collect(self, program: Program, dataset: Dataset, statistics: Any) -> Any:
+        """The statistics with every branch's moments; unchanged where data does not do to check a fit."""
+        try:
+            return replace(statistics, matches=collect_matches(program, dataset, self.probes(program)))
+        except DataError:
+            return statistics
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
         """Maps worth their cost, cheapest first; none where the branch's moments were not collected."""

@@ -19,6 +19,9 @@ from lamina.passes.pass_ import Transform
 from lamina.planner.plan import Move
 from lamina.planner.thorough import verify_thoroughly
 
+# Value.meta of what a move put in the place of a value: that value's name.
+STANDS_FOR = "lamina.stands_for"
+
 
 def required_opset(moves: Iterable[Move]) -> int:
     """The lowest default opset the moves' options can be written in."""
@@ -129,6 +132,8 @@ def emit_move(
     emitted = transform.emit(move.site, move.option, rewriter, nodes)
     rewriter.at(None)
     for old, new in zip(replaced, emitted, strict=True):
+        if not transform.removes_site:
+            new.meta[STANDS_FOR] = old.name
         rewriter.replace_uses(old, new)
     rewriter.record(move.site.transform, move.site.name, move.option.name)
 

@@ -47,6 +47,7 @@ class Mending:
         after: With it.
         kept: Whether the plan holds it.
         seconds: What it took.
+        paths: Low-rank paths that were put beside quantized operators; ``after`` is with them.
     """
 
     operators: int
@@ -54,6 +55,7 @@ class Mending:
     after: float
     kept: bool
     seconds: float
+    paths: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Builder:
     broken: set[tuple[int, int]] = field(default_factory=set)  # (choice, gene)
     mended: dict[Genome, Mending] = field(default_factory=dict)
     rounded: dict[Genome, Rounded] = field(default_factory=dict)
+    selection_score: float | None = None  # the original's metric on selection data, once it was asked for
     _memory: dict[Genome | None, int] = field(default_factory=dict)
 
     @property
@@ -107,6 +110,10 @@ class Builder:
     def memory(self, finalist: Finalist) -> int:
         """Peak resident bytes of a finished model on the heaviest case."""
         return self._peak(finalist.candidate.genome, finalist.realized.program.model)
+
+    def forget_memory(self, genome: Genome) -> None:
+        """The genome's finished model changed: measure its memory anew when asked."""
+        self._memory.pop(genome, None)
 
     def _peak(self, key: Genome | None, model: ir.Model) -> int:
         if key not in self._memory:

@@ -108,16 +108,31 @@ def two_stage(
     Raises:
         PassError: A latency of a single convolution is missing; budget or resolution is not positive.
     """
+    return joint(count, two_stage_ways(count, latency, damage), budget, resolution=resolution)
+
+
+def two_stage_ways(
+    count: int, latency: Mapping[Span, float], damage: Mapping[Span, float]
+) -> dict[Span, list[Way]]:
+    """What the second stage chooses among: each span run by the fastest merges of the first.
+
+    Args:
+        count: Convolutions of the chain.
+        latency: Of i..j merged into one; all (i, i) must be there.
+        damage: Of dropping all activations within i..j; spans left out are not considered, (i, i) is 0.
+
+    Raises:
+        PassError: A latency of a single convolution is missing.
+    """
     missing = [i for i in range(count) if (i, i) not in latency]
     if missing:
         raise PassError(f"the latency of convolution {missing[0]} alone is not known")
-    best = cheapest_merges(count, latency)
     ways = {}
-    for (i, j), (seconds, merges) in best.items():
+    for (i, j), (seconds, merges) in cheapest_merges(count, latency).items():
         harm = 0.0 if i == j else damage.get((i, j), inf)
         if isfinite(harm):
             ways[i, j] = [Way(seconds, harm, merges)]
-    return joint(count, ways, budget, resolution=resolution)
+    return ways
 
 
 def joint(
@@ -191,10 +206,10 @@ def front(
     """Plans of least damage for budgets from the chain as it is down to the fastest there is."""
     untouched = sum(min(w.latency for w in ways[i, i] if not w.without) for i in range(count))
     untouched *= 1 + (count + 1) / _TICKS  # what rounding up adds must not shut the chain as it is out
-    found: dict[tuple[Span, ...], ChainPlan] = {}
+    found: dict[tuple[tuple[tuple[Span, ...], tuple[int, ...]], ...], ChainPlan] = {}
     for share in np.linspace(1.0, 0.0, points, endpoint=False):
         plan = joint(count, ways, float(untouched * share), resolution=resolution)
         if plan is None:
             break
-        found.setdefault(tuple(m for w in plan.ways for m in w.merges), plan)
+        found.setdefault(tuple((way.merges, way.without) for way in plan.ways), plan)
     return list(found.values())

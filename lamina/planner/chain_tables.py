@@ -11,7 +11,7 @@ from lamina.backends.backend import Workload
 from lamina.data import Dataset
 from lamina.ir.program import Program
 from lamina.passes.conv_chains import ConvChain
-from lamina.passes.merge_conv_chain import MergeConvChain, chain_site
+from lamina.passes.merge_conv_chain import MergeConvChain, chain_option, chain_site
 from lamina.passes.pass_ import Option, Site
 from lamina.planner.apply import apply_moves
 from lamina.planner.chain_dp import ChainPlan, Span, Way
@@ -21,6 +21,8 @@ from lamina.quality.metric import Metric
 
 # A span and the convolutions in it that are dropped before the others are merged.
 Key = tuple[Span, tuple[int, ...]]
+# The same behind the number of its chain.
+_Numbered = tuple[int, Span, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,9 @@ class ChainTable:
         return found
 
 
-def chain_table(
+def chain_tables(
     program: Program,
-    chain: ConvChain,
+    chains: Sequence[ConvChain],
     prices: Prices,
     workload: Workload,
     dataset: Dataset,
@@ -63,16 +65,16 @@ def chain_table(
     growth: float = 2.0,
     drops: bool = True,
     threads: int | None = None,
-) -> ChainTable:
-    """Measure every span of a chain: its latency merged, and the divergence that merging it causes.
+) -> list[ChainTable]:
+    """Measure every span of each chain: its latency merged, and the divergence that merging it causes.
 
     The divergence stands for the paper's importance without its training (LayerMerge, arXiv:2406.12837, and
     Fu et al., arXiv:2301.12187, fine-tune each merged network). Activations are not timed: runtimes fuse
     them.
 
     Args:
-        program: The program the chain is of.
-        chain: One of :func:`lamina.passes.conv_chains.conv_chains`.
+        program: The program the chains are of.
+        chains: Of :func:`lamina.passes.conv_chains.conv_chains`.
         prices: Measures and keeps latencies.
         workload: The cases and their weights.
         dataset: Samples the divergence is taken on.
@@ -86,37 +88,43 @@ def chain_table(
         DataError: The data does not fit.
         BackendError: ONNX Runtime refuses the program.
     """
-    moves = {k: chain_move(program, chain, *k) for k in _keys(chain, longest, growth, drops)}
+    moves = {
+        (number, *key): chain_move(program, chain, *key)
+        for number, chain in enumerate(chains)
+        for key in span_keys(chain, longest, growth, drops=drops)
+    }
     seconds = _latencies(program, moves, prices, workload)
-    changed = {str(k): m for k, m in moves.items() if k[0][0] < k[0][1] or k[1]}
+    changed = {str(k): m for k, m in moves.items() if k[1][0] < k[1][1] or k[2]}
     variants = {name: apply_moves(program, [move]) for name, move in changed.items()}
     harm = damages(program, variants, dataset, metric, threads=threads) if variants else {}
-    table = ChainTable(chain)
+    tables = [ChainTable(chain) for chain in chains]
     for key in moves:
         damage = harm[str(key)].mean if str(key) in harm else 0.0
         if isfinite(seconds[key]) and isfinite(damage):
-            table.latency[key], table.damage[key] = seconds[key], max(damage, 0.0)
-    return table
+            table, place = tables[key[0]], key[1:]
+            table.latency[place], table.damage[place] = seconds[key], max(damage, 0.0)
+    return tables
 
 
 def _latencies(
-    program: Program, moves: Mapping[Key, Move], prices: Prices, workload: Workload
-) -> dict[Key, float]:
+    program: Program, moves: Mapping[_Numbered, Move], prices: Prices, workload: Workload
+) -> dict[_Numbered, float]:
     """Weighted seconds of each; infinite where the runtime refuses it, 0 where nothing is left."""
     transform = MergeConvChain()
     offered: dict[Site, list[Option]] = {}
-    for ((first, last), without), move in moves.items():
+    for (_, (first, last), without), move in moves.items():
         options = offered.setdefault(move.site, [])
         if first < last and len(without) <= last - first:
             options.append(move.option)
     table = prices.price(program, [(s, transform, tuple(o)) for s, o in offered.items()], workload)
     found = {}
-    for ((first, last), without), move in moves.items():
+    for key, move in moves.items():
+        _, (first, last), without = key
         name, total = move.option.name if first < last else "float", 0.0
         for case in workload if len(without) <= last - first else ():
             at = (transform.name, move.site.name, name, case.name)
             total += inf if at in prices.failures else case.weight * table[at]
-        found[(first, last), without] = total
+        found[key] = total
     return found
 
 
@@ -131,17 +139,8 @@ def chain_move(program: Program, chain: ConvChain, span: Span, without: Sequence
     """
     part = chain.part(*span)
     inner = [i - span[0] for i in without]
-    count = len(part.convs)
-    shape = part.shape(0, count - 1, inner)
-    now = sum(f.shape.taps for f in part.forms)
-    label = f"merge 0-{count - 1}" + ("" if not inner else f" without {','.join(map(str, inner))}")
-    parameters = {
-        "segments": [[0, count - 1]],
-        "without": inner,
-        "flops_share": 0.0 if shape is None else shape.taps / max(now, 1),
-        "edges": shape is not None and shape.edges,
-    }
-    return Move(chain_site(part, {n.name: n for n in program.graph}), Option(label, parameters))
+    option = chain_option(part, ((0, span[1] - span[0]),), inner)
+    return Move(chain_site(part, {n.name: n for n in program.graph}), option)
 
 
 def plan_moves(program: Program, chain: ConvChain, plan: ChainPlan) -> list[Move]:
@@ -155,7 +154,10 @@ def plan_moves(program: Program, chain: ConvChain, plan: ChainPlan) -> list[Move
     return moves
 
 
-def _keys(chain: ConvChain, longest: int, growth: float, drops: bool) -> Iterator[Key]:
+def span_keys(
+    chain: ConvChain, longest: int = 4, growth: float = 2.0, *, drops: bool = True
+) -> Iterator[Key]:
+    """What is measured of a chain; arguments as of :func:`chain_tables`."""
     count = len(chain.convs)
     for first in range(count):
         for last in range(first, min(first + longest, count)):

@@ -37,6 +37,21 @@ class Border:
     dequantize: float
 
 
+@dataclass(frozen=True)
+class Loan:
+    """Weights that some options read from another site: in the file for as long as one of those is taken.
+
+    Attributes:
+        nbytes: What the owner's options count as gone.
+        owners: Options, as (choice, gene), that take the weights from the site they belong to.
+        borrowers: Options that read them from elsewhere.
+    """
+
+    nbytes: float
+    owners: tuple[tuple[int, int], ...]
+    borrowers: tuple[tuple[int, int], ...]
+
+
 @dataclass
 class Costs:
     """Deltas of every option on every axis, against leaving the choice alone.
@@ -47,6 +62,7 @@ class Costs:
         delta: Axis -> one list a choice, one entry an option (gene 1 first).
         share: Per choice, latency of its float nodes (what dropping it can save at most).
         borders: Tensors whose conversions cost time.
+        loans: Weights that one site lends to another.
         scale: Correction of latency deltas by (transform, kind, option), fitted on whole-model measurements.
     """
 
@@ -55,6 +71,7 @@ class Costs:
     delta: Mapping[str, Sequence[Sequence[float]]]
     share: Sequence[float] = ()
     borders: Sequence[Border] = ()
+    loans: Sequence[Loan] = ()
     scale: dict[tuple[str, str, str], float] = field(default_factory=dict)
 
     def group(self, index: int, gene: int) -> tuple[str, str, str]:
@@ -105,7 +122,10 @@ class Costs:
             for b in self.borders
         ]
         share = [self.share[i] for i in stay]
-        return Costs(replace(self.space, choices=choices), self.base, delta, share, borders)
+        genes = {(i, k + 1): (position[i], new + 1) for i in stay for new, k in enumerate(kept[i])}
+        loans = [_renumbered(loan, genes) for loan in self.loans]
+        loans = [loan for loan in loans if loan.owners and loan.borrowers]
+        return Costs(replace(self.space, choices=choices), self.base, delta, share, borders, loans)
 
     def _parent_among(self, index: int, stay: Collection[int | None]) -> int | None:
         """The innermost choice of ``stay`` that holds this one; those between hold nothing any more."""
@@ -137,7 +157,14 @@ class Costs:
                 totals["size"] += self.delta["size"][i][gene - 1]
                 totals["flops"] += self.delta["flops"][i][gene - 1]
         totals["latency"] += self.conversions(genome)
+        totals["size"] += self.lent(genome)
         return totals
+
+    def lent(self, genome: Genome) -> float:
+        """Bytes that stay in the file only because another site reads them."""
+        taken = {(i, gene) for i, gene in enumerate(genome) if gene}
+        kept = [n for n in self.loans if taken.intersection(n.owners) and taken.intersection(n.borrowers)]
+        return sum(loan.nbytes for loan in kept)
 
     def conversions(self, genome: Genome) -> float:
         """Latency of all conversions between float and int8 that the genome needs."""
@@ -151,6 +178,11 @@ class Costs:
             if made and (border.other_readers or not all(readers)):
                 total += border.dequantize
         return total
+
+
+def _renumbered(loan: Loan, genes: Mapping[tuple[int, int], tuple[int, int]]) -> Loan:
+    owners = tuple(genes[gene] for gene in loan.owners if gene in genes)
+    return Loan(loan.nbytes, owners, tuple(genes[gene] for gene in loan.borrowers if gene in genes))
 
 
 def fit_scales(

@@ -3,7 +3,7 @@
 A rule is a plain function of :class:`lamina.planner.drop_evidence.DropEvidence`;
 :func:`lamina.planner.drop_sets.drop_sets` runs one on a program and data, and
 :func:`lamina.passes.drop_branch.apply_drops` applies a set. The planner measures the sets of every rule
-(:mod:`lamina.planner.drop_seeds`), so that what it returns is no worse than the best of them.
+(:mod:`lamina.planner.rule_seeds`), so that what it returns is no worse than the best of them.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def additive_unet_drop(evidence: DropEvidence) -> Iterator[DropSet]:
         last = names
 
 
-# A third party calls its own rule by handing it to the planner's `DropSeeds`.
+# A third party calls its own rule by handing its plans to the planner's `RuleSeeds`.
 RULES: tuple[Rule, ...] = (
     Rule("joint-branch-drop", "He et al. 2024, arXiv:2406.15786", joint_branch_drop, "statistics"),
     Rule("attention-first", "He et al. 2024, arXiv:2406.15786", attention_first, "statistics"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from lamina.backends.measure import Ratio
 from lamina.errors import InfeasibleBudget
 from lamina.ir.io import serialized_size
+from lamina.planner.affordable import affordable
 from lamina.planner.builder import Builder, Finalist
 from lamina.planner.costs import fit_scales
 from lamina.planner.judge import Judge, Verdict
@@ -25,19 +26,21 @@ ROUNDS = 3
 LOOKS = 5
 # When report data turns a plan down: the next one's divergence is between these shares of its divergence.
 TIGHTER = (0.5, 0.85)
-# A latency bound must hold when somebody measures again: 1.5 % is what repeated medians differ by here.
-MARGIN = 0.985
 
 
-def shortlist(builder: Builder, candidates: Sequence[Candidate], goal: Goal) -> None:
+def shortlist(builder: Builder, search: Search) -> None:
     """Time the best predicted candidates, correct the prices by what was seen, look again.
+
+    The best plans of rules are timed too, whatever is predicted of them: what is returned is no worse than
+    these as measured.
 
     Args:
         builder: Builds, times, and keeps what was.
-        candidates: Measured on selection data.
-        goal: What the search was after.
+        search: Its candidates were measured on selection data.
     """
-    costs = builder.prepared.costs
+    costs, goal, candidates = builder.prepared.costs, search.goal, search.ranked()
+    favourites = [c for c in candidates if c.genome in search.favourites and c.feasible(goal)]
+    builder.finish(favourites[:BUILDS], seconds=1.5 * (BUILDS + 1))
     for _ in range(ROUNDS):
         feasible = [c for c in candidates if c.feasible(goal) and builder.usable(c.genome)]
         fresh = sorted(feasible, key=lambda c: _predicted(c, costs.predict(c.genome), goal))
@@ -70,11 +73,11 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         InfeasibleBudget: None does; carries the nearest plans.
     """
     allowed = search.goal.allowed_damage
-    shortlist(builder, search.ranked(), search.goal)
+    shortlist(builder, search)
     for _ in range(LOOKS):
         if not (correct_size(request, builder, search) or look_elsewhere(builder, search)):
             break
-        shortlist(builder, search.ranked(), search.goal)
+        shortlist(builder, search)
     reach(request, builder, search)
     goal = search.goal
     limit, failed = float("inf"), None
@@ -82,7 +85,7 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
         finalist = _next(request, builder, search, limit)
         if finalist is None:
             break
-        verdict = judge.score(mend(request, builder, finalist))
+        verdict = judge.score(mend(request, builder, finalist, goal))
         if verdict.damage <= allowed:
             return verdict
         failed = verdict
@@ -170,48 +173,6 @@ def _next(
         if f.candidate.feasible(goal) and f.candidate.surrogate <= limit and affordable(request, builder, f)
     ]
     return min(fit, key=lambda f: _measured(f, goal), default=None)
-
-
-def affordable(
-    request: Request,
-    builder: Builder,
-    finalist: Finalist,
-    *,
-    original_s: float | None = None,
-    margin: float = MARGIN,
-) -> bool:
-    """Whether every cost bound holds as measured on the finished model.
-
-    A model slower than the original on some case is never affordable where latency is bounded or all there
-    is to gain. Who bounds another cost gets the fastest plan that keeps to it, even if nothing that does is
-    as fast as the original.
-
-    Args:
-        request: The budget.
-        builder: Knows what the original costs.
-        finalist: A finished model with its measured latency.
-        original_s: Latency of the original measured beside it; that of the beginning when omitted.
-        margin: Share of a latency bound that may be used.
-    """
-    budget, relative = request.budget, finalist.relative
-    model = finalist.realized.program.model
-    only_gain = request.minimize == "latency" and not budget.costs
-    if (only_gain or budget.latency is not None) and relative.slower_somewhere:
-        return False
-    for bound in budget.costs:
-        if bound.axis == "latency":
-            scale = 1.0 if bound.relative else 1.0 / (original_s or builder.original_latency_s)
-            if relative.ratio > bound.value * scale * margin:
-                return False
-        elif bound.axis == "size":
-            if serialized_size(model) > bound.limit(builder.original_size):
-                return False
-        elif bound.axis == "memory":
-            if builder.memory(finalist) > bound.limit(builder.original_memory()):
-                return False
-        elif finalist.candidate.predicted["flops"] > bound.limit(builder.prepared.original_cost.flops):
-            return False
-    return True
 
 
 def infeasible(

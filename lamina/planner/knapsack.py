@@ -83,10 +83,12 @@ def solve(
     if not count:
         return costs.space.nothing
     rows = _Rows()
-    variables = count + 2 * len(costs.borders)
+    lent = count + 2 * len(costs.borders)  # the first variable that says whether a loan is out
+    variables = lent + len(costs.loans)
     vectors = _axis_vectors(costs, damage, first, variables, count)
     _structure(costs, first, rows)
     _border_rows(costs, first, rows, count)
+    _loan_rows(costs, first, rows, lent)
     for axis, bound in (bounds or {}).items():
         if axis in vectors and np.isfinite(bound):
             rows.add(_sparse(vectors[axis]), -np.inf, bound - costs.base[axis])
@@ -168,6 +170,7 @@ def _axis_vectors(
     for j, border in enumerate(costs.borders):
         vectors["latency"][count + 2 * j] = border.quantize
         vectors["latency"][count + 2 * j + 1] = border.dequantize
+    vectors["size"][variables - len(costs.loans) :] = [loan.nbytes for loan in costs.loans]
     return vectors
 
 
@@ -214,6 +217,21 @@ def _border_rows(costs: Costs, first: Sequence[int], rows: _Rows, count: int) ->
                 )
         if border.other_readers and made:
             rows.add({dequantize: 1.0, **{c: -v for c, v in made.items()}}, 0.0, np.inf)
+
+
+def _loan_rows(costs: Costs, first: Sequence[int], rows: _Rows, lent: int) -> None:
+    """A loan is out where owner and borrower are taken: z >= owner + borrower - 1."""
+
+    def columns(genes: Sequence[tuple[int, int]]) -> list[dict[int, float]]:
+        found: dict[int, dict[int, float]] = {}
+        for choice, gene in genes:
+            found.setdefault(choice, {})[first[choice] + gene - 1] = -1.0
+        return list(found.values())
+
+    for j, loan in enumerate(costs.loans):
+        for owner in columns(loan.owners):
+            for borrower in columns(loan.borrowers):
+                rows.add({lent + j: 1.0, **owner, **borrower}, -1.0, np.inf)
 
 
 def _sparse(vector: np.ndarray) -> dict[int, float]:

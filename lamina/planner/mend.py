@@ -6,50 +6,73 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lamina.backends.backend import run_of
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
 from lamina.passes.compensate import compensate
-from lamina.passes.merge_conv_chain import MergeConvChain
-from lamina.planner.apply import removes
+from lamina.passes.drop_branch import DropBranch
+from lamina.passes.flatten_blocks import FlattenBlocks
+from lamina.passes.parallel_layers import ParallelLayers
+from lamina.passes.replace_branch import ReplaceBranch
+from lamina.planner.apply import STANDS_FOR
 from lamina.planner.builder import Builder, Finalist, Mending
+from lamina.planner.evaluator import Score
+from lamina.planner.paths import RANKS, with_paths
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
 from lamina.planner.rounding import round_plan
-from lamina.planner.search import Search
-from lamina.quality import evaluate, get_metric
+from lamina.planner.search import Goal, Search
+from lamina.planner.selection import damages
+from lamina.quality import get_metric
 
-# Share of the search's time that one compensation may take.
-_SHARE = 0.5
+# Share of the search's time that all compensation may take.
+MEND_SHARE = 0.5
 # Plans that miss the drop bound are compensated up to so many times it, and so many of them.
 _REACH = 3.0
 _TRIES = 2
 # Sums of divergences such plans are looked for at, in those of the best feasible plan.
 _BEYOND = (1.4, 2.0, 3.0)
+# Transforms behind which a skip, or a map of it, stands for the sum; and those that make sums anew, under a
+# name of its own.
+_BRANCHES = (DropBranch.name, ReplaceBranch.name)
+_JOINING = (FlattenBlocks.name, ParallelLayers.name)
 
 
-def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
+def mend(
+    request: Request, builder: Builder, finalist: Finalist, goal: Goal, *, part: float = 1.0
+) -> Finalist:
     """The finalist with better rounded and repaired weights, where they lower the damage on selection data.
 
     Rounding comes first: compensation fits what it leaves. Both look at calibration data, once a plan. Bytes
-    and operators stay as they are; the final measurement is of the repaired model all the same.
+    and operators stay as they are; the final measurement is of the repaired model all the same. Low-rank
+    paths, which do cost, come on top where damage is minimized or the plan still misses the drop bound
+    (:mod:`lamina.planner.paths`).
+
+    Args:
+        request: The budget and the data.
+        builder: Holds what was done; all compensation of a run shares half of its time.
+        finalist: A finished plan.
+        goal: What the search is after.
+        part: Share of the time that is left.
     """
     genome = finalist.candidate.genome
-    if not finalist.realized.plan.moves or genome in builder.mended:
+    seconds = part * (MEND_SHARE * request.seconds - sum(m.seconds for m in builder.mended.values()))
+    if not finalist.realized.plan.moves or genome in builder.mended or seconds <= 0:
         return finalist
     finalist = round_plan(request, builder, finalist)
     realized = finalist.realized
     original, start = builder.prepared.folded.program, time.perf_counter()
     if [p.name for p in original.inputs] != [p.name for p in realized.program.inputs]:
         return finalist  # a cache left with its attention: the two do not run on the same feeds
+    stands_for = standing(realized.plan.moves, realized.program)
+    wants = _wants_paths(finalist.candidate.score, goal)
     try:
         made = compensate(
             original,
             realized.program,
             request.splits.calibration,
-            stands_for=standing(realized.plan.moves, realized.program),
+            stands_for=stands_for,
             divergence=get_metric(request.metric.divergence, original),
-            seconds=_SHARE * request.seconds,
+            seconds=seconds / 2 if wants else seconds,
         )
     except DataError:  # too little calibration data to check a fit on
         return finalist
@@ -58,16 +81,30 @@ def mend(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
         return finalist
     before = after = 0.0
     if made.repairs:
-        before, after = _damages(request, (realized.program, made.program))
-    kept = after < before
-    seconds = time.perf_counter() - start
-    builder.mended[genome] = Mending(len(made.fitted), before, after, kept, seconds)
-    if not kept:
-        return finalist
-    plan = replace(realized.plan, repairs=made.repairs)
-    mended = replace(finalist, realized=replace(realized, program=made.program, plan=plan))
-    builder.done[genome] = mended
+        before, after = damages(request, builder, (realized.program, made.program))
+    elif wants:
+        before = after = damages(request, builder, (realized.program,))[0]
+    kept, mended, paths = after < before, finalist, 0
+    if kept:
+        plan = replace(realized.plan, repairs=made.repairs)
+        mended = replace(finalist, realized=replace(realized, program=made.program, plan=plan))
+    least = min(before, after)
+    if wants and _wants_paths(replace(finalist.candidate.score, damage=least), goal):
+        left = max(0.0, seconds - (time.perf_counter() - start)) / len(RANKS)
+        pathed = with_paths(request, builder, mended, goal, least, stands_for, seconds=left)
+        if pathed is not None:
+            kept, mended, after = True, pathed, pathed.candidate.score.damage
+            paths = len(pathed.realized.plan.paths)
+    spent = time.perf_counter() - start
+    builder.mended[genome] = Mending(len(made.fitted), before, after, kept, spent, paths)
+    if kept:
+        builder.done[genome] = mended
     return mended
+
+
+def _wants_paths(score: Score, goal: Goal) -> bool:
+    """Whether less damage is worth bytes and time: it is what is minimized, or there is too much of it."""
+    return goal.minimize == "damage" or score.bound(goal.caution) > goal.allowed_damage
 
 
 def reach(request: Request, builder: Builder, search: Search) -> None:
@@ -95,12 +132,11 @@ def reach(request: Request, builder: Builder, search: Search) -> None:
     ]
     near.sort(key=lambda c: costs.predict(c.genome)[goal.minimize])
     for finalist in builder.finish(near[:_TRIES], seconds=1.5 * (_TRIES + 1)):
-        mended = mend(request, builder, finalist)
+        mended = mend(request, builder, finalist, goal, part=0.5)
         told = builder.mended.get(finalist.candidate.genome)
         if told is None or not told.kept:
             continue
-        score = replace(finalist.candidate.score, damage=told.after)
-        candidate = replace(finalist.candidate, score=score)
+        candidate = replace(mended.candidate, score=replace(mended.candidate.score, damage=told.after))
         search.archive[candidate.genome] = candidate
         builder.done[candidate.genome] = replace(mended, candidate=candidate)
 
@@ -109,33 +145,23 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
     """What values of a changed program stand for in the original.
 
     Behind a dropped branch, or one whose replacement was folded into the weights before it, the skip stands
-    where the sum was; else what replaces the branch does. Runs of such branches are followed to their end.
+    where the sum was; else what replaces the branch does, and the sum of branches that were joined. Runs of
+    such branches are followed to their end. What a quantized operator gives stands for what the operator
+    gave.
     """
-    made = {v.name or "" for n in program.graph for v in n.outputs}
+    values = {v.name or "": v for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
     for move in moves:
-        if not removes(move) or len(move.site.outputs) != 1 or move.site.transform == MergeConvChain.name:
+        if move.site.transform not in (*_BRANCHES, *_JOINING) or len(move.site.outputs) != 1:
             continue
-        instead = f"{move.site.nodes[-1]}_matched_bias_out"
-        skip = instead if instead in made else move.site.inputs[0]
-        steps[skip] = move.site.outputs[0]
-    found = {}
+        matched, joined = (f"{move.site.nodes[-1]}_{part}_out" for part in ("matched_bias", "joined"))
+        if move.site.transform in _JOINING and joined not in values:
+            continue
+        instead = next((name for name in (matched, joined) if name in values), move.site.inputs[0])
+        steps[instead] = move.site.outputs[0]
+    found = {name: str(v.meta[STANDS_FOR]) for name, v in values.items() if STANDS_FOR in v.meta}
     for name, last in steps.items():
         while last in steps:
             last = steps[last]
         found[name] = last
     return found
-
-
-def _damages(request: Request, programs: Sequence[Program]) -> list[float]:
-    """Damage of finished programs on the selection data."""
-    metric, data = request.metric, request.splits.selection
-    original = request.backend.compile(request.program.model, request.draft).run
-    reference = original if metric.kind == "divergence" else None
-
-    def score(program: Program) -> float:
-        run = run_of(request.backend.compile(program.model, request.draft))
-        return metric.score(evaluate(run, data, metric, reference_run=reference))
-
-    before = metric.score(evaluate(original, data, metric, reference_run=reference))
-    return [metric.damage(before, score(program)) for program in programs]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from lamina.analysis.matching import collect_matches
 from lamina.analysis.operators import evenly
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends.backend import Target
 from lamina.data import Dataset
-from lamina.errors import DataError
 from lamina.ir.program import Program
-from lamina.passes import get_transform, transform_names
+from lamina.passes import default_transforms, get_transform
 from lamina.passes.fold import fold
 from lamina.passes.pass_ import Refusal, Site
-from lamina.passes.replace_branch import ReplaceBranch
 from lamina.planner.space import build_space
 
 # Samples that ranges are taken from. Which forms there are hardly depends on them; the search takes 128, for
@@ -77,7 +73,7 @@ def offers(
         dataset: Calibration samples, of which a part gives ranges and fits. Without them there are no static
             quantized forms and no linear maps in place of branches.
         target: Options are offered for it.
-        transforms: Names of transforms; None: all.
+        transforms: Names of transforms; None: those a search uses by itself.
         progress: Called after each batch with rows done and in all.
 
     Raises:
@@ -85,7 +81,7 @@ def offers(
         DataError: The data does not fit.
         BackendError: ONNX Runtime refuses the program.
     """
-    chosen = [get_transform(name) for name in (transform_names() if transforms is None else transforms)]
+    chosen = [get_transform(name) for name in (default_transforms() if transforms is None else transforms)]
     folded, folds, _ = fold(program)
     statistics = Statistics(0)
     if dataset is not None:
@@ -93,9 +89,8 @@ def offers(
         sites = [s for t in chosen if not t.removes_site for s in t.sites(folded) if isinstance(s, Site)]
         wanted = sorted({v for s in sites for v in (*s.inputs, *s.outputs)})
         statistics = collect(folded, rows, ranges=wanted, progress=progress)
-        probes = [p for t in chosen if isinstance(t, ReplaceBranch) for p in t.probes(folded)]
-        with suppress(DataError):  # too few samples to check a fit on: no maps are offered then
-            statistics = replace(statistics, matches=collect_matches(folded, dataset, probes))
+        for transform in chosen:
+            statistics = transform.collect(folded, dataset, statistics)
     space = build_space(folded, chosen, statistics, target)
     found = [
         Offer(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from lamina.errors import LaminaError
+from lamina.passes.low_rank_path import LowRankPath
 from lamina.passes.pass_ import Option, Site
 from lamina.passes.repair import Repair
 
@@ -44,6 +45,7 @@ class Plan:
         finishing: Names of the exact passes applied after the moves.
         target: The target the plan was made for.
         repairs: Weights fitted anew after the moves (:mod:`lamina.passes.compensate`).
+        paths: What was put beside quantized operators after that (:mod:`lamina.passes.low_rank_path`).
     """
 
     fingerprint: str
@@ -53,6 +55,7 @@ class Plan:
     target: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     repairs: tuple[Repair, ...] = ()
+    paths: tuple[LowRankPath, ...] = ()
 
     def to_json(self) -> str:
         """The plan as JSON text; floats survive exactly."""
@@ -75,7 +78,7 @@ class Plan:
             moves = tuple(
                 Move(
                     site=_site(m["site"]),
-                    option=Option(**m["option"]),
+                    option=_option(m["option"]),
                     reason=m["reason"],
                     latency_s=m["latency_s"],
                     damage=m["damage"],
@@ -90,9 +93,14 @@ class Plan:
                 raw["target"],
                 raw["extra"],
                 tuple(Repair(**r) for r in raw.get("repairs", ())),
+                tuple(LowRankPath(**p) for p in raw.get("paths", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LaminaError(f"not a lamina plan: {error}", advice="give a result's plan.json") from error
+
+
+def _option(raw: Mapping[str, Any]) -> Option:
+    return Option(**{**raw, "borrows": tuple(raw.get("borrows", ()))})
 
 
 def _site(raw: Mapping[str, Any]) -> Site:

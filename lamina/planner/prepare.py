@@ -9,26 +9,25 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lamina.analysis.cost import CostResult, cost
-from lamina.analysis.matching import collect_matches
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
 from lamina.data import Dataset
-from lamina.errors import DataError, PassError
+from lamina.errors import PassError
 from lamina.ir.io import serialized_size
-from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes import get_transform
 from lamina.passes.pass_ import Site, Transform
-from lamina.passes.replace_branch import ReplaceBranch
 from lamina.planner.blame import Undone, blame_space, undone
+from lamina.planner.chain_measure import with_chain_plans
+from lamina.planner.chain_plans import ChainPlans, ChainRule
 from lamina.planner.costs import Costs, fit_scales
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs, shared_costs
-from lamina.planner.realize import Realized, realize
+from lamina.planner.realize import Realized, realize, statistics_of
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.shortlist import single_damages
@@ -57,6 +56,7 @@ class Prepared:
         referee: Holds what is built against the original.
         whole: Genome -> latency ratio measured on the finished model.
         undone: What was left out because it broke: pass, place and reason.
+        chains: Plans of the dynamic programs over chains of convolutions, where these were asked for.
     """
 
     folded: Folded
@@ -67,13 +67,30 @@ class Prepared:
     referee: Referee
     whole: dict[Genome, float] = field(default_factory=dict)
     undone: list[Undone] = field(default_factory=list)
+    chains: ChainPlans = field(default_factory=lambda: ChainPlans({}))
 
 
-def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Referee) -> Prepared:
-    """Run every analysis the search needs; options that cannot be applied are left out, and told."""
+def prepare(
+    request: Request,
+    folded: Folded,
+    stopwatch: Stopwatch,
+    referee: Referee,
+    chain_rules: Sequence[ChainRule] = (),
+) -> Prepared:
+    """Run every analysis the search needs; options that cannot be applied are left out, and told.
+
+    Args:
+        request: What was asked for.
+        folded: The program the sites belong to.
+        stopwatch: Times whole models.
+        referee: Holds what is built against the original.
+        chain_rules: Dynamic programs whose plans become options of merge-conv-chain.
+    """
     progress, program = request.progress, folded.program
-    transforms = [get_transform(name) for name in request.transforms]
+    transforms = useful_transforms(request)
+    told: list[Undone] = []
     with progress.stage("analyze"):
+        transforms, chains = with_chain_plans(request, program, transforms, chain_rules, told)
         sites = [s for t in transforms for s in t.sites(program) if isinstance(s, Site)]
         wanted = sorted(
             {v for s in sites if not get_transform(s.transform).removes_site for v in (*s.inputs, *s.outputs)}
@@ -82,15 +99,17 @@ def prepare(request: Request, folded: Folded, stopwatch: Stopwatch, referee: Ref
             program,
             calibration_rows(request),
             ranges=wanted,
+            needs=statistics_of(t.name for t in transforms),
             progress=lambda done, total: progress.update("analyze", done, total),
         )
-        statistics = with_matches(request, program, transforms, statistics)
+        for transform in transforms:
+            statistics = transform.collect(program, request.splits.calibration, statistics)
         space = build_space(program, transforms, statistics, request.target)
-    told: list[Undone] = []
     with progress.stage("price"):
         while True:
             try:
-                return _priced(request, folded, space, statistics, stopwatch, referee, told)
+                prepared = _priced(request, folded, space, statistics, stopwatch, referee, told)
+                return replace(prepared, chains=chains)
             except Exception as error:  # a bug in a transform costs its moves, not the run
                 space = sound(space, referee, error, told)
 
@@ -99,7 +118,8 @@ def reprepare(request: Request, prepared: Prepared, stopwatch: Stopwatch, error:
     """Price anew without the options that are to blame for ``error``; raises it where none is."""
     space = sound(prepared.costs.space, prepared.referee, error, prepared.undone)
     kept = prepared.folded, space, prepared.statistics
-    return _priced(request, *kept, stopwatch, prepared.referee, prepared.undone)
+    again = _priced(request, *kept, stopwatch, prepared.referee, prepared.undone)
+    return replace(again, chains=prepared.chains)
 
 
 def sound(space: Space, referee: Referee, error: Exception, told: list[Undone]) -> Space:
@@ -127,19 +147,18 @@ def _priced(
     return prepared
 
 
-def with_matches(
-    request: Request, program: Program, transforms: Sequence[Transform], statistics: Statistics
-) -> Statistics:
-    """The statistics with moments of every branch that a linear map may replace.
+def useful_transforms(request: Request) -> list[Transform]:
+    """The transforms of a request that move any of the costs it names.
 
-    Too little calibration data to check a fit on leaves them out: nothing is replaced then.
+    What moves none would only make statistics, prices and supergraph dearer.
     """
-    probes = [p for t in transforms if isinstance(t, ReplaceBranch) for p in t.probes(program)]
-    try:
-        matches = collect_matches(program, request.splits.calibration, probes)
-    except DataError:
-        return statistics
-    return replace(statistics, matches=matches)
+    every = [get_transform(name) for name in request.transforms]
+    return [t for t in every if axes_of(request) & set(t.axes)]
+
+
+def axes_of(request: Request) -> set[str]:
+    """The costs that the request bounds or minimizes."""
+    return {request.minimize, *(b.axis for b in request.budget.costs)}
 
 
 def calibration_rows(request: Request) -> Dataset:
@@ -178,7 +197,6 @@ def selection_rows(request: Request, supergraph: Supergraph) -> Dataset:
 
 def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch) -> tuple[Costs, CostResult]:
     program, workload = folded.program, request.workload
-    axes = {request.minimize, *(b.axis for b in request.budget.costs)}
     shapes = {case.name: observed_shapes(program, case.feeds) for case in workload}
     heaviest = max(workload, key=lambda c: sum(a.size for a in c.feeds.values()))
     program_cost = cost(program, heaviest.feeds)
@@ -194,7 +212,7 @@ def _price(request: Request, folded: Folded, space: Space, stopwatch: Stopwatch)
         costs = build_costs(space, prices, workload, shapes, base, stopwatch.baseline_s, flops)
     else:
         costs = shared_costs(space, base, flops)
-    return costs.restrict(axes), original_cost
+    return costs.restrict(axes_of(request)), original_cost
 
 
 def group_genomes(space: Space) -> list[Genome]:

@@ -94,6 +94,15 @@ class Extractor:
         model.graph.outputs.extend(by_name[name] for name in site.outputs)
         return Unit(model, sources)
 
+    def lend(self, unit: Unit, weights: Sequence[str]) -> None:
+        """Give a unit weights of other sites, for an option that reads them."""
+        for name in weights:
+            value = self.program.graph.initializers.get(name)
+            if value is not None and name not in unit.model.graph.initializers:
+                tensor = value.const_value
+                made = ir.Value(name=name, type=value.type, shape=value.shape, const_value=tensor)
+                unit.model.graph.register_initializer(made)
+
     def _boundary(
         self, nodes: Sequence[ir.Node], site: Site, observed: Observed
     ) -> tuple[ir.Model, dict[ir.Value, ir.Value], dict[str, str]]:

@@ -36,7 +36,7 @@ def structure(parameters: Any, key: str = "") -> Any:
     """What of an option's parameters changes the work to be done, not just its numbers."""
     if isinstance(parameters, Mapping):
         return {str(k): structure(v, str(k)) for k, v in sorted(parameters.items())}
-    if key == "base64":
+    if key in ("base64", "donor"):  # which weights, whose
         return "weights"
     if isinstance(parameters, (bool, str)) or parameters is None:
         return parameters

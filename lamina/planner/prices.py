@@ -160,6 +160,10 @@ class Prices:
         for option in options:
             if option.name == "drop":
                 continue
+            if option.name in transform.same_work:
+                key = (transform.name, site.name, option.name, case)
+                jobs.append((key, _Job(text, site, transform, None, case)))
+                continue
             work = json.dumps(structure(option.parameters), sort_keys=True)
             forms = f"{option.input_form}->{option.output_form}"
             signature = f"{transform.name}/{option.name} {forms} {work} of {text}"
@@ -216,6 +220,7 @@ class Prices:
     def _unit(extractor: Extractor, job: _Job, observed: Mapping[str, Observed]) -> Unit:
         unit = extractor.extract(job.site, observed[job.case])
         if job.option is not None:
+            extractor.lend(unit, job.option.borrows)
             emit_option(unit, job.site, job.transform, job.option)
         return unit
 

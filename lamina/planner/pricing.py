@@ -10,7 +10,7 @@ import numpy as np
 from lamina.backends.backend import Workload
 from lamina.ir.program import Program
 from lamina.passes.pass_ import Option
-from lamina.planner.costs import Border, Costs
+from lamina.planner.costs import Border, Costs, Loan
 from lamina.planner.prices import Prices
 from lamina.planner.space import Choice, Space
 from lamina.planner.supergraph import stored_bytes
@@ -54,7 +54,8 @@ def build_costs(
 
     latency = [[change(c, o.name, f) for o in c.options] for c, f in zip(space.choices, share, strict=True)]
     delta = {"latency": latency, "size": _size(space), "flops": _flops(space, operator_flops)}
-    return Costs(space, dict(base), delta, share, _borders(space, prices, workload, weights, shapes))
+    borders = _borders(space, prices, workload, weights, shapes)
+    return Costs(space, dict(base), delta, share, borders, _loans(space))
 
 
 def shared_costs(space: Space, base: Mapping[str, float], operator_flops: Mapping[str, float]) -> Costs:
@@ -72,7 +73,8 @@ def shared_costs(space: Space, base: Mapping[str, float], operator_flops: Mappin
     flops = _flops(space, operator_flops)
     latency = [[unit * change for change in row] for row in flops]
     share = [unit * sum(operator_flops.get(n, 0.0) for n in c.site.nodes) for c in space.choices]
-    return Costs(space, dict(base), {"latency": latency, "size": _size(space), "flops": flops}, share)
+    delta = {"latency": latency, "size": _size(space), "flops": flops}
+    return Costs(space, dict(base), delta, share, loans=_loans(space))
 
 
 def _size(space: Space) -> list[list[float]]:
@@ -97,16 +99,38 @@ def _flops(space: Space, operator_flops: Mapping[str, float]) -> list[list[float
 
 def _own_weight_bytes(space: Space, choice: Choice) -> float:
     """Bytes that leave the file with the site; a weight shared with n operators counts 1/n."""
-    initializers = space.program.graph.initializers
+    return sum(_leaving(space, choice, name) for name in choice.site.weights)
+
+
+def _leaving(space: Space, choice: Choice, weight: str) -> float:
+    """Bytes of one weight that leave the file with the site."""
+    value = space.program.graph.initializers.get(weight)
+    if value is None or value.const_value is None:
+        return 0.0
     inside = set(choice.site.nodes)
-    total = 0.0
-    for name in choice.site.weights:
-        value = initializers.get(name)
-        if value is None or value.const_value is None:
-            continue
-        uses = [use.node.name in inside for use in value.uses()]
-        total += value.const_value.nbytes * sum(uses) / max(len(uses), 1)
-    return total
+    uses = [use.node.name in inside for use in value.uses()]
+    return value.const_value.nbytes * sum(uses) / max(len(uses), 1)
+
+
+def _loans(space: Space) -> list[Loan]:
+    """What sites lend each other, weights of the same owners and borrowers together."""
+    borrowers: dict[str, list[tuple[int, int]]] = {}
+    for i, choice in enumerate(space.choices):
+        for gene, option in enumerate(choice.options, 1):
+            for weight in option.borrows:
+                borrowers.setdefault(weight, []).append((i, gene))
+    owners: dict[str, list[tuple[int, int]]] = {weight: [] for weight in borrowers}
+    nbytes: dict[str, float] = {}
+    for i, choice in enumerate(space.choices):
+        for weight in owners.keys() & set(choice.site.weights):
+            owners[weight] += [(i, gene) for gene in range(1, len(choice.options) + 1)]
+            nbytes[weight] = _leaving(space, choice, weight)
+    totals: dict[tuple[tuple[tuple[int, int], ...], ...], float] = {}
+    for weight, lending in owners.items():
+        if lending:
+            key = tuple(lending), tuple(borrowers[weight])
+            totals[key] = totals.get(key, 0.0) + nbytes[weight]
+    return [Loan(total, *key) for key, total in totals.items()]
 
 
 def _borders(

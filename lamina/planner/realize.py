@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from lamina.analysis.needs import Need
 from lamina.analysis.statistics import Statistics, collect
 from lamina.backends.backend import Target
 from lamina.data import Dataset
 from lamina.ir.program import Program
 from lamina.passes import get_transform
 from lamina.passes.fold import apply_named
+from lamina.passes.low_rank_path import apply_paths
 from lamina.passes.pass_ import Site
 from lamina.passes.repair import apply_repairs
 from lamina.planner.apply import apply_drops, apply_rest, removes
@@ -52,20 +54,31 @@ def realize(
 
 
 def reproduce(captured: Program, plan: Plan) -> Program:
-    """Apply a whole plan to a captured program: folds, drops, the other moves, repairs, finishing passes."""
+    """Apply a whole plan to a captured program: folds, drops, the other moves, repairs, paths, finishing."""
     program = apply_named(captured, plan.folds)
     program = apply_rest(apply_drops(program, plan.moves), plan.moves)
-    program = apply_repairs(program, plan.repairs)
+    program = apply_paths(apply_repairs(program, plan.repairs), plan.paths)
     return apply_named(program, plan.finishing)
+
+
+# What a transform needs -> the statistic of the calibration run that is.
+_COLLECTED: Mapping[str, Need] = {"inputs": Need.INPUTS, "vectors": Need.VECTORS}
+
+
+def statistics_of(transforms: Iterable[str]) -> tuple[Need, ...]:
+    """What a calibration run collects for these transforms besides ranges."""
+    wanted = {need for name in transforms for need in get_transform(name).needs}
+    return tuple(need for text, need in _COLLECTED.items() if text in wanted)
 
 
 def _recalibrate(program: Program, moves: Sequence[Move], calibration: Dataset, target: Target) -> list[Move]:
     needing = [m for m in moves if "ranges" in get_transform(m.site.transform).needs]
     if not needing:
         return list(moves)
+    names = sorted({m.site.transform for m in needing})
     sites = {
         (name, site.name): site
-        for name in sorted({m.site.transform for m in needing})
+        for name in names
         for site in get_transform(name).sites(program)
         if isinstance(site, Site)
     }
@@ -73,7 +86,7 @@ def _recalibrate(program: Program, moves: Sequence[Move], calibration: Dataset, 
         sites[m.site.transform, m.site.name] for m in needing if (m.site.transform, m.site.name) in sites
     ]
     wanted = sorted({v for site in found for v in (*site.inputs, *site.outputs)})
-    statistics = collect(program, calibration, ranges=wanted)
+    statistics = collect(program, calibration, ranges=wanted, needs=statistics_of(names))
     renewed = []
     for move in moves:
         site = sites.get((move.site.transform, move.site.name))

@@ -30,7 +30,7 @@ class Request:
         seconds: Time for measuring candidates.
         seed: Of search and timing order.
         progress: Receives progress.
-        strategy: ``search``, or names of drop rules with commas between (:mod:`lamina.planner.strategy`).
+        strategy: ``search``, or names of rules with commas between (:mod:`lamina.planner.strategy`).
     """
 
     program: Program

@@ -100,6 +100,7 @@ class Search:
         self.report = report or (lambda done, total, note: None)
         self.archive: dict[Genome, Candidate] = {}
         self.forbidden: set[tuple[int, int]] = set()
+        self.favourites: set[Genome] = set()  # plans that are to be built and timed whatever is predicted
         self.detoured: set[Genome] = set()
         self.screen = max(1, len(evaluator.batches) // 4)
         self.start = time.perf_counter()

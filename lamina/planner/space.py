@@ -146,8 +146,9 @@ def _nest(found: Iterable[Choice]) -> tuple[Choice, ...]:
     owner: dict[str, int] = {}
     nested: list[Choice] = []
     for choice in outer + inner:
-        parent = owner.get(next(iter(choice.span)))
-        if parent is not None and not choice.span <= nested[parent].span:
+        parents = {owner.get(name) for name in choice.span}
+        parent = next(iter(parents))
+        if len(parents) > 1 or (parent is not None and not choice.span <= nested[parent].span):
             continue  # overlaps partly without nesting: cannot be decided on its own
         if choice.removes:
             owner.update(dict.fromkeys(choice.span, len(nested)))

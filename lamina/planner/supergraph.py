@@ -88,6 +88,14 @@ def stored_bytes(space: Space) -> list[list[int]]:
     return found
 
 
+@dataclass(frozen=True)
+class _Emitted:
+    """An option's nodes in a graph of their own, and by output of its site the node that hands it out."""
+
+    rewriter: Rewriter
+    values: dict[str, ir.Node]
+
+
 class _Builder:
     """Wraps choices from the innermost out, keeping track of where each original node and value went."""
 
@@ -106,6 +114,9 @@ class _Builder:
         self.owner = _owners(originals)  # subgraph -> the node that runs it
         self.stands_for: dict[ir.Value, ir.Value] = {}  # output of an If -> original value
         self.flags = self._split_flags()
+        # Before anything is wrapped: an option may look at how the nodes of its site hang together. What it
+        # reads from outside is rewired like any other reader when that is wrapped in turn.
+        self.emitted = [[self._emit(c, k) for k in range(len(c.options))] for c in space.choices]
 
     def _free_interface(self) -> None:
         """Put an Identity before each interface output, so that every value a choice makes may move."""
@@ -140,9 +151,11 @@ class _Builder:
         nodes = sorted(held, key=lambda n: self.position[n])
         readers = self._outside_readers(nodes)
         outputs = list(readers)
-        if not outputs:
-            return  # nobody reads what the choice governs, and an If without outputs is not valid
-        graphs = [self._option_graph(choice, k, outputs) for k in range(len(choice.options))]
+        if not outputs:  # nobody reads what the choice governs, and an If without outputs is not valid
+            for emitted in self.emitted[index]:
+                emitted.rewriter.graph.remove(list(emitted.rewriter.graph), safe=True)
+            return
+        graphs = [self._option_graph(choice, emitted, outputs) for emitted in self.emitted[index]]
         place = ir.node("Identity", [self.flags[index][0]], name="lamina_place")
         self.model.graph.insert_after(nodes[-1], place)
         self.model.graph.remove(nodes)
@@ -178,15 +191,23 @@ class _Builder:
             node = self.owner[node.graph]
         return node
 
-    def _option_graph(self, choice: Choice, k: int, outputs: Sequence[ir.Value]) -> ir.Graph:
+    def _emit(self, choice: Choice, k: int) -> _Emitted:
         graph = ir.Graph([], [], nodes=[], name=self.rewriter.fresh("lamina_option"))
         inner = Rewriter(self.model, graph, parent=self.rewriter)
         nodes = {name: self.original[name] for name in choice.site.nodes}
-        emitted = choice.transform.emit(choice.site, choice.options[k], inner, nodes)
-        known = dict(zip(choice.site.outputs, emitted, strict=True))
+        values = choice.transform.emit(choice.site, choice.options[k], inner, nodes)
+        # An Identity reads even what was there before, so that it follows when that is wrapped.
+        passed = [inner.op("Identity", [v], name="lamina_pass").producer() for v in values]
+        return _Emitted(
+            inner, {n: p for n, p in zip(choice.site.outputs, passed, strict=True) if p is not None}
+        )
+
+    def _option_graph(self, choice: Choice, emitted: _Emitted, outputs: Sequence[ir.Value]) -> ir.Graph:
+        inner = emitted.rewriter
+        known = {name: node.outputs[0] for name, node in emitted.values.items()}
         results = [self._rebuild(v, known, choice, inner) for v in outputs]
-        graph.outputs.extend(inner.op("Identity", [value], name="lamina_pass") for value in results)
-        return graph
+        inner.graph.outputs.extend(inner.op("Identity", [value], name="lamina_pass") for value in results)
+        return inner.graph
 
     def _rebuild(
         self, value: ir.Value, known: dict[str, ir.Value], choice: Choice, inner: Rewriter

@@ -154,12 +154,13 @@ def _compensation(console: Console, found: Mapping[str, Any] | None) -> None:
     """What refitting weights behind the moves did to the damage on selection data."""
     if found is None:
         return
-    if not found["operators"]:
+    if not found["operators"] and not found["paths"]:
         console.print("compensation: no refitted operator brought the outputs nearer to the original's")
         return
     word = "kept" if found["kept"] else "not kept"
     console.print(
-        f"compensation {word}: {found['operators']} operators refitted, damage on selection data "
+        f"compensation {word}: {found['operators']} operators refitted, {found['paths']} low-rank paths, "
+        "damage on selection data "
         f"{found['before']:+.4f} -> {found['after']:+.4f}",
         highlight=False,
     )

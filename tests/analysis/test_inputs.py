@@ -165,3 +165,22 @@ def test_a_weight_left_of_the_activation_is_left_out_with_a_reason() -> None:
     program = _program(net, net.op("MatMul", net.weight(3, 4), net.input("x", ["b", 4, 6])))
     statistics = _inputs(program, np.zeros((2, 4, 6), np.float32))
     assert statistics.skipped == {"node_matmul": "its weight stands left of the activation"}
+
+
+@pytest.mark.parametrize("kind", ["matmul", "gemm"])
+def test_vectors_alone_are_those_of_the_moments(kind: str) -> None:
+    program, x = _matrix(kind)
+    data = Dataset({"x": x}, {}, len(x))
+    bare = collect(program, data, needs={Need.VECTORS}, looks=ALL, threads=1).inputs
+    for name, whole in _inputs(program, x).inputs.items():
+        assert bare[name].moments.size == 0
+        np.testing.assert_array_equal(bare[name].kept, whole.kept)
+        assert bare[name].vectors == whole.vectors
+
+
+def test_the_reach_of_each_input_is_exact() -> None:
+    program, x = _matrix("matmul")
+    (stat,) = _inputs(program, x).inputs.values()
+    np.testing.assert_array_equal(stat.lows[0], x.reshape(-1, 6).min(axis=0))
+    np.testing.assert_array_equal(stat.highs[0], x.reshape(-1, 6).max(axis=0))
+    assert (stat.minimum, stat.maximum) == (x.min(), x.max())

@@ -151,7 +151,7 @@ def test_the_choice_is_deterministic() -> None:
     [
         (
             {"method": "guess"},
-            "range method 'guess' is unknown\n  choose one of ('mse', 'percentile', 'minmax')",
+            "range method 'guess' is unknown\n  choose one of ('mse', 'percentile', 'minmax', 'entropy')",
         ),
         ({"bits": 1}, "bits=1 is not possible\n  choose 2 to 16 bits"),
         (

@@ -107,6 +107,22 @@ def test_a_writer_before_the_branch_takes_over_what_is_linear_in_its_input() -> 
     assert _difference(program, made.program) < 0.9 * _difference(program, changed)
 
 
+def test_a_writer_before_a_relu_takes_over_a_branch_that_ends_in_one() -> None:
+    """Of ``relu(s + f(s))`` the writer of s gives what is linear in its input, below zero too."""
+    net = Net()
+    x = net.op("Relu", tokens(net))
+    s = net.op("Relu", net.op("Add", x, net.linear(net.linear(x), name="one")))
+    last = net.op("Relu", net.op("Add", s, net.linear(s, name="two")))
+    program = net.program(net.op("MatMul", last, net.weight(WIDTH, WIDTH)))
+    branch = find_branches(program).branches[-1]
+    changed = apply_drops(program, [branch.name])
+    stands_for = {branch.skip: branch.output}
+    how = Compensation(roles=("writer",), ridges=(1e-8,), leads=(None,))
+    made = compensate(program, changed, _data(program), stands_for=stands_for, how=how, threads=1)
+    assert [f.site.target for f in made.fitted] == [branch.output]
+    assert _difference(program, made.program) < 0.5 * _difference(program, changed)
+
+
 def test_the_gain_of_a_norm_takes_over_a_diagonal_branch() -> None:
     net = Net()
     x = net.norm(net.linear(tokens(net)))

@@ -241,3 +241,33 @@ def test_when_time_is_over_the_rest_keeps_its_nearest_codes():
     picked = chosen(prog, "stored-w4")
     data = Dataset({"x0": tokens(20)}, {}, 8)
     assert round_options(prog, picked, data, seconds=-1.0) == [o for _, o in picked]
+
+
+def test_codes_of_a_smoothed_weight_are_those_of_the_scaled_one():
+    prog, x = program(gemm, ("b", "t", 32)), tokens(30)
+    (site,) = sites(prog).values()
+    (option,) = Quantize(forms=("w8a8-dynamic",)).options(site, prog, None, None)
+    smooth = {"exponents": [int(e) for e in np.random.default_rng(0).integers(-2, 3, 32)], "rule": "0.5"}
+    option = Option(option.name, {**option.parameters, "weight_bits": 4, "smooth": smooth})
+    data, expected = Dataset({"x0": tokens(20)}, {}, 8), run(prog, x)
+    (rounded,) = round_options(prog, [(site, option)], data, threads=1)
+    errors = [relative_error(run(apply_moves(prog, [Move(site, o)]), x), expected) for o in (option, rounded)]
+    assert rounded.parameters["smooth"] == smooth
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_corrected_bias_follows_the_codes():
+    prog, x = program(gemm, ("b", "t", 32)), tokens(20) + np.float32(0.5)
+    data = Dataset({"x0": x}, {}, 8)
+    (site,) = sites(prog).values()
+    seen = collect(prog, data, needs=[Need.INPUTS], threads=1)
+    (option,) = Quantize(forms=("w8a8-dynamic",)).options(site, prog, seen, None)
+    assert "bias_shift" in option.parameters
+    weight = prog.graph.initializers["w"]
+    (rounded,) = round_options(prog, [(site, option)], data, Rounding(vectors=10**6), threads=1)
+    old, new = (coded(weight, o.parameters, 0).rows() for o in (option, rounded))
+    moved = np.subtract(*(o.parameters["bias_shift"] for o in (rounded, option)))
+    assert (old != new).any()
+    np.testing.assert_allclose(
+        moved, 0.5 * (old - new) @ x.reshape(-1, 32).mean(axis=0), rtol=1e-3, atol=1e-6
+    )

@@ -71,7 +71,7 @@ REFUSED = {
     "has rank 3": lambda: one("MatMul", normal(2, 16, 8)),
     "not finite": lambda: one("MatMul", with_infinity()),
     "sums only 2 products": lambda: one("Conv", normal(8, 2, 1, 1)),
-    "no quantized form of ConvTranspose": lambda: one("ConvTranspose", normal(4, 8, 3, 3)),
+    "has rank 2": lambda: one("LSTM", normal(16, 8), normal(1, 16, 4), hidden_size=4),
 }
 
 
@@ -263,7 +263,7 @@ def test_the_target_decides_what_is_offered():
 def test_bad_options_are_refused():
     for wrong, message in (
         ({"forms": ("w3",)}, "quantize has no form 'w3'"),
-        ({"ranges": "entropy"}, "range method 'entropy' is unknown"),
+        ({"ranges": "guess"}, "range method 'guess' is unknown"),
         ({"clipping": "best"}, "weight clipping 'best' is unknown"),
         ({"block": 48}, "block=48 is not possible"),
     ):

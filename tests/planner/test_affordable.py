@@ -8,7 +8,7 @@ import pytest
 
 from lamina.backends.measure import Ratio
 from lamina.budget import Budget
-from lamina.planner.finish import affordable
+from lamina.planner.affordable import affordable
 from lamina.planner.timing import Relative
 
 

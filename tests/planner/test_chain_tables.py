@@ -17,7 +17,7 @@ from lamina.passes.conv_chains import conv_chains
 from lamina.passes.merge_conv_chain import partitions
 from lamina.planner.apply import apply_moves
 from lamina.planner.chain_dp import front, joint, two_stage
-from lamina.planner.chain_tables import ChainTable, chain_move, chain_table, plan_moves
+from lamina.planner.chain_tables import ChainTable, chain_move, chain_tables, plan_moves
 from lamina.planner.prices import Prices
 from lamina.quality import evaluate, get_metric
 
@@ -58,7 +58,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     prices = Prices(Target("ort", "cpu", 1), OnnxRuntime(), tmp_path_factory.mktemp("prices"))
     workload = (Case("one", {"x": x[:1]}, 0.25), Case("four", {"x": x[:4]}, 0.75))
     metric = get_metric("relative-l2", program)
-    table = chain_table(program, chain, prices, workload, data, metric, growth=1e9, threads=1)
+    (table,) = chain_tables(program, [chain], prices, workload, data, metric, growth=1e9, threads=1)
     return Measured(program, data, table)
 
 

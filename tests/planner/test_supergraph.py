@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from toy import Clamp, Cut, Halve, toy_program, toy_space
+from toy import Clamp, Cut, Halve, Straddle, toy_program, toy_space
 
 import lamina.planner.apply as apply_module
 from lamina.backends import get_backend
@@ -49,6 +49,12 @@ def test_partly_overlapping_site_is_pulled_into_the_branch() -> None:
     clamp = next(c for c in space.choices if c.transform.name == "clamp")
     assert clamp.parent is not None
     assert space.choices[clamp.parent] == branch
+
+
+def test_of_sites_that_go_and_overlap_partly_the_larger_stays() -> None:
+    space = toy_space(toy_program(), Straddle(), Cut())
+    assert [c.transform.name for c in space.choices] == ["cut", "cut"]
+    assert {c.transform.name for c in toy_space(toy_program(), Straddle()).choices} == {"straddle"}
 
 
 def test_genes_inside_a_dropped_branch_are_zero_in_canonical_form() -> None:

@@ -124,6 +124,14 @@ class Clamp(Transform):
         return [rewriter.op("Clip", [total, low, high])]
 
 
+@dataclass(frozen=True)
+class Straddle(Clamp):
+    """Takes out the same nodes: of two that do and overlap only partly, one cannot be decided on its own."""
+
+    name: ClassVar[str] = "straddle"
+    removes_site: ClassVar[bool] = True
+
+
 def toy_space(program: Program, *transforms: Transform) -> Space:
     """The space of the toy transforms."""
     from lamina.analysis.statistics import Statistics

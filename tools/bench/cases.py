@@ -45,11 +45,20 @@ def _npz(name: str) -> dict[str, np.ndarray]:
         return {key: file[key] for key in file.files if file[key].dtype.kind != "U"}
 
 
+def training_images() -> np.ndarray:
+    """All 2,000 training images of the set, as resnet56 reads them: float32 ``[2000, 3, 32, 32]``."""
+    return _images(_npz("cifar10_train_2000.npz")["images"])
+
+
+def _images(raw: np.ndarray) -> np.ndarray:
+    images = raw.astype(np.float32) / 255.0
+    images = (images - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
 def _cifar() -> dict[str, Any]:
     def part(arrays: dict[str, np.ndarray], rows: slice) -> dict[str, np.ndarray]:
-        images = arrays["images"][rows].astype(np.float32) / 255.0
-        images = (images - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
-        return {"x": np.ascontiguousarray(images.transpose(0, 3, 1, 2)), "labels": arrays["labels"][rows]}
+        return {"x": _images(arrays["images"][rows]), "labels": arrays["labels"][rows]}
 
     train, test = _npz("cifar10_train_2000.npz"), _npz("cifar10_test_6000.npz")
     return {

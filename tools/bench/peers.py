@@ -30,17 +30,24 @@ def preprocessed(model: Path, folder: Path) -> Path:
     return path
 
 
-def dynamic(model: Path, folder: Path) -> Path:
-    """Dynamic int8, per channel."""
+def dynamic(model: Path, folder: Path, **options: Any) -> Path:
+    """Dynamic int8, per channel; ``options`` go to the quantizer."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = folder / "ort_dynamic.onnx"
-    quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8)
+    quantize_dynamic(model, path, per_channel=True, weight_type=QuantType.QInt8, **options)
     return path
 
 
-def static(model: Path, folder: Path, samples: dict[str, np.ndarray], names: list[str], batch: int) -> Path:
-    """Static QDQ int8, per channel, min-max ranges over the calibration samples."""
+def static(
+    model: Path,
+    folder: Path,
+    samples: dict[str, np.ndarray],
+    names: list[str],
+    batch: int,
+    **options: Any,
+) -> Path:
+    """Static QDQ int8, per channel, min-max ranges over the calibration samples; ``options`` as above."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -61,5 +68,6 @@ def static(model: Path, folder: Path, samples: dict[str, np.ndarray], names: lis
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        **options,
     )
     return path

@@ -1,4 +1,4 @@
-"""What folds there are: three literal tuples of module names, and the loader that turns one into a pass.
+"""What folds there are: literal tuples of module names, and the loader that turns one into a pass.
 
 A name is a module of this package; the class in it is the name in CamelCase (``fuse_gelu`` -> ``FuseGelu``),
 the report name the same with hyphens. A new fold is one module and one line here.
@@ -61,8 +61,12 @@ FORMS: tuple[str, ...] = (
     "fuse_attention",
 )
 
+# Exact, but worth something only before quantizing: fold(forms=[...]) applies them when asked to.
+ON_REQUEST: tuple[str, ...] = ("equalize_layers",)
+
 # After lossy moves, which leave conversions and dead weights behind.
 CLEANUP: tuple[str, ...] = (
+    "absorb_scale",
     "merge_qdq",
     "drop_redundant_relu",
     "remove_unused",
@@ -97,7 +101,7 @@ def canonical(name: str) -> str:
         PassError: No fold is called that.
     """
     label = name.strip().replace("-", "_")
-    known = dict.fromkeys(FOLDS + FORMS + CLEANUP)
+    known = dict.fromkeys(FOLDS + FORMS + ON_REQUEST + CLEANUP)
     if label not in known:
         raise PassError(f"no fold is called '{name}'", advice=f"choose from: {', '.join(known)}")
     return label

@@ -16,12 +16,14 @@ from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize.graph import FLOAT, attributes, constant_array, scalar, shared
 from lamina.passes.quantize.linear import linear_of
-from lamina.passes.quantize.static import channel_weights
+from lamina.passes.quantize.smoothing import smoothed
+from lamina.passes.quantize.static import channel_weights, shifted
 
 
 def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
     """MatMul or Gemm with its bias."""
-    product, parameters = linear_of(site, nodes), option.parameters
+    parameters = option.parameters
+    product = smoothed(linear_of(site, nodes), parameters, rewriter)
     axis = product.channel_axis
     made, form = channel_weights(product.weight, parameters, axis)
     codes = made.codes.T if product.transposed else made.codes
@@ -35,7 +37,7 @@ def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[s
     scale = made.scale * np.float32(product.alpha)
     shape = (-1, 1) if product.left else (-1,)
     y = _to_float(site, rewriter, "MatMulInteger", inputs, {}, step, scale.astype(np.float32).reshape(shape))
-    bias = product.bias_vector()
+    bias = shifted(product.bias_vector(), parameters)
     if bias is None:
         return y
     value = rewriter.constant(bias, f"{site.name}.bias")
@@ -54,7 +56,7 @@ def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str
     column = (-1,) + (1,) * (made.codes.ndim - 2)
     inputs = [x, weight, zero]
     y = _to_float(site, rewriter, "ConvInteger", inputs, attributes(conv), step, made.scale.reshape(column))
-    array = constant_array(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    array = shifted(constant_array(conv.inputs[2]) if len(conv.inputs) > 2 else None, parameters)
     if array is not None:
         bias = rewriter.constant(array.reshape(column), f"{site.name}.bias")
         y = rewriter.op("Add", [y, bias], name=f"{site.name}.add", dtype=FLOAT)
@@ -63,6 +65,20 @@ def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str
         rest = [y, *last.inputs[1:]]
         y = rewriter.op(last.op_type, rest, attributes(last), name=f"{site.name}.activation", dtype=FLOAT)
     return y
+
+
+def emit_product(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
+    """MatMul of two activations: both by their own ranges at run time."""
+    first, second = nodes[site.nodes[0]].inputs
+    assert first is not None
+    assert second is not None
+    a, a_step, a_zero = _quantize(site, rewriter, first)
+    b, b_step, b_zero = _quantize(site, rewriter, second)
+    name = f"{site.name}.product"
+    sums = rewriter.op("MatMulInteger", [a, b, a_zero, b_zero], name=name, dtype=ir.DataType.INT32)
+    real = rewriter.op("Cast", [sums], {"to": int(FLOAT)}, name=f"{site.name}.cast", dtype=FLOAT)
+    factor = rewriter.op("Mul", [a_step, b_step], name=f"{site.name}.scale", dtype=FLOAT)
+    return rewriter.op("Mul", [real, factor], name=f"{site.name}.scaled", dtype=FLOAT)
 
 
 def _quantize(site: Site, rewriter: Rewriter, value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:

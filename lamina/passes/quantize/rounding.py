@@ -28,6 +28,7 @@ from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize.coded import Coded, coded, form_name, from_rows, nearest, payload, to_rows
 from lamina.passes.quantize.gptq import DAMP, descend, gptq
 from lamina.passes.quantize.graph import constant_array
+from lamina.passes.quantize.smoothing import factors
 
 METHODS = ("nearest", "gptq", "descent")
 Chosen = Sequence[tuple[Site, Option]]
@@ -62,6 +63,24 @@ class Rounding:
             raise PassError(f"rounding '{self.method}' is unknown", advice=f"choose one of {METHODS}")
         if not 0 <= self.propagate <= 1:
             raise PassError(f"propagate={self.propagate} is no share", advice="give 0 to 1")
+
+
+@dataclass
+class _Seen:
+    """What operators read: sums of ``x x'`` and ``x0 x'``, float64 ``[g, k, k]``, and of x, ``[g, k]``.
+
+    x is what is read, x0 what should be.
+    """
+
+    square: np.ndarray
+    cross: np.ndarray
+    total: np.ndarray
+    count: int = 0
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of x, ``[g, k]``."""
+        return self.total / max(1, self.count)
 
 
 @dataclass(frozen=True)
@@ -120,7 +139,7 @@ def round_options(
     work = _work(program, chosen, feeds[0]) if how.method != "nearest" and feeds else []
     current = substitute(program, _tables(program, chosen))
     streams = Stream(feeds, threads=threads), Stream(feeds, threads=threads)
-    known: dict[tuple[str, str], Coded] = {}
+    known: dict[tuple[str, str, str], Coded] = {}
     settled: dict[str, None] = {}
     done, start = 0, time.perf_counter()
     for wave in _waves(program, work):
@@ -130,15 +149,19 @@ def round_options(
         sums = _moments(wave, current, program, streams, list(settled), batches, how)
         weights = {}
         for item in wave:
-            key = item.operator.weight, form_name(item.option.parameters, item.axis)
+            given = item.option.parameters
+            key = item.operator.weight, form_name(given, item.axis), str(given.get("smooth"))
             array = constant_array(program.graph.initializers[item.operator.weight])
             assert array is not None
+            seen = sums[_reads(item.operator)]
             if key not in known:
-                known[key] = _rounded(array, item, *sums[_reads(item.operator)], how)
-            rows = known[key].rows()
+                known[key] = _rounded(array, item, seen, how)
+            rows = known[key].rows() / factors(given)
             operand = 1 if item.operator.kind != "matmul" else 1 - item.operator.side
             weights[item.operator.name, operand] = from_rows(rows, array.shape, item.axis)
-            parameters = {**item.option.parameters, "rounding": how.method, "codes": payload(known[key])}
+            parameters = {**given, "rounding": how.method, "codes": payload(known[key])}
+            if "bias_shift" in given:
+                parameters["bias_shift"] = _shifted(program, item, rows, array, seen.mean)
             made[item.site.name] = replace(item.option, parameters=parameters)
         current = substitute(current, weights)
         done += len(wave)
@@ -224,11 +247,11 @@ def _moments(
     settled: Sequence[str],
     batches: Sequence[Dataset],
     how: Rounding,
-) -> dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]]:
-    """Sums of ``x x'`` and of ``x0 x'``, float64 ``[g, k, k]``: x what is read, x0 what should be."""
+) -> dict[tuple[object, ...], _Seen]:
+    """Sums over the data for the operators of one wave."""
     kinds = {_reads(w.operator): w for w in wave}
     wanted = list(dict.fromkeys(w.operator.activation for w in wave))
-    sums: dict[tuple[object, ...], tuple[np.ndarray, np.ndarray]] = {}
+    sums: dict[tuple[object, ...], _Seen] = {}
     pairs = zip(
         batches,
         streams[0].run(original, wanted, settled),
@@ -242,10 +265,15 @@ def _moments(
             width = to_rows(_array(original, item), item.axis).shape[1]
             count = max(1, max(how.vectors, 4 * width) * len(batch) // total)
             x, x0 = (_vectors(v[name], item.operator, batch, count, how) for v in (real, should))
+            shape = x.shape[1:]
+            seen = sums.setdefault(
+                key, _Seen(*(np.zeros((*shape, shape[1])) for _ in range(2)), np.zeros(shape))
+            )
             # [g, k, n] @ [g, n, k]
-            square, cross = (a.transpose(1, 2, 0) @ x.transpose(1, 0, 2) for a in (x, x0))
-            before = sums.get(key, (0.0, 0.0))
-            sums[key] = before[0] + square.astype(np.float64), before[1] + cross.astype(np.float64)
+            seen.square += x.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
+            seen.cross += x0.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
+            seen.total += x.sum(axis=0, dtype=np.float64)
+            seen.count += len(x)
     return sums
 
 
@@ -274,15 +302,32 @@ def _vectors(
     return np.asarray(taken[:, None, :], np.float32)
 
 
-def _rounded(array: np.ndarray, item: _Work, moments: np.ndarray, cross: np.ndarray, how: Rounding) -> Coded:
+def _rounded(array: np.ndarray, item: _Work, seen: _Seen, how: Rounding) -> Coded:
     """Codes of one weight: the target moves by what earlier errors lack, then is rounded."""
-    target = to_rows(array, item.axis).astype(np.float64)
+    # where the activation is divided by factors, the weight takes them
+    factor = factors(item.option.parameters).astype(np.float64)
+    target = to_rows(array, item.axis).astype(np.float64) * factor
+    moments, cross = (a / np.outer(factor, factor) for a in (seen.square, seen.cross))
     target = target.reshape(len(moments), -1, target.shape[1])
     if how.propagate:
         target = target + how.propagate * _missing(target, moments, cross, how.damp)
     shaped = from_rows(target.reshape(-1, target.shape[2]).astype(np.float32), array.shape, item.axis)
     start = nearest(shaped, item.option.parameters, item.axis)
     return refine(target, moments, start, how)
+
+
+def _shifted(
+    program: Program, item: _Work, rows: np.ndarray, array: np.ndarray, mean: np.ndarray
+) -> list[float]:
+    """The correction of the bias for the new codes: the mean output stays what it was meant to be."""
+    factor, given = factors(item.option.parameters), item.option.parameters
+    scaled = from_rows(to_rows(array, item.axis) * factor, array.shape, item.axis)
+    old = nearest(scaled, given, item.axis).rows() / factor
+    lost = (old - rows).reshape(len(mean), -1, mean.shape[1])
+    node = next(n for n in program.graph if n.name == item.operator.name)
+    alpha = node.attributes.get_float("alpha", 1.0) if item.operator.kind == "gemm" else 1.0
+    moved = alpha * np.einsum("gnk,gk->gn", lost, mean).reshape(-1)
+    return [float(np.float32(v)) for v in np.asarray(given["bias_shift"]) + moved]
 
 
 def refine(target: np.ndarray, moments: np.ndarray, start: Coded, how: Rounding) -> Coded:

@@ -16,8 +16,8 @@ from lamina.passes.quantize.linear import bias_add_after, read_linear
 NAME = "quantize"
 CARRIERS = ("add", "pool", "mean", "concat", "pad")
 
-_WEIGHTED = ("Conv", "Gemm", "MatMul", "Gather")
-_UNSUPPORTED = ("ConvTranspose", "LSTM", "GRU", "RNN")
+_RECURRENT = ("LSTM", "GRU", "RNN")
+_WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Gather", *_RECURRENT)
 # Operators that only move elements: their output takes values of their input (zeros included).
 _MOVES = ("Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Slice", "MaxPool", "Expand")
 # A smaller table is not worth an extra operator.
@@ -29,9 +29,7 @@ def find_sites(program: Program, minimum_reduction: int) -> Iterator[Site | Refu
     main = program.graph
     carried: set[ir.Value] = set()  # values that can be int8: made by convolutions and what carries them
     for node in main:
-        if is_op(node, *_UNSUPPORTED):
-            yield _refuse(node, f"no quantized form of {node.op_type} is offered")
-        elif is_op(node, *_WEIGHTED):
+        if is_op(node, *_WEIGHTED):
             found = _weighted(node, minimum_reduction)
             if isinstance(found, Site) and found.kind == "conv":
                 carried.update(_end(node).outputs)
@@ -50,12 +48,17 @@ def find_sites(program: Program, minimum_reduction: int) -> Iterator[Site | Refu
 def _weighted(node: ir.Node, minimum_reduction: int) -> Site | Refusal | None:
     if node.op_type == "Gather":
         return _embedding(node)
-    if node.op_type == "Conv":
+    if node.op_type in _RECURRENT:
+        return _recurrent(node)
+    if node.op_type in ("Conv", "ConvTranspose"):
         reason = _conv_problem(node)
-        reduction = _size(node.inputs[1], slice(1, None))
+        turned = node.op_type == "ConvTranspose"
+        reduction = _size(node.inputs[1], slice(None) if turned else slice(1, None))
+        if turned and reason is None:  # [in, out / group, *window]
+            reduction //= dims_of(node.inputs[1].const_value)[1]  # type: ignore[union-attr, arg-type]
     else:
         if node.op_type == "MatMul" and not _has_weight(node):
-            return _overridable(node)
+            return _overridable(node) or _product(node)
         add = bias_add_after(node) if node.op_type == "MatMul" else None
         product = read_linear(node, add)
         if isinstance(product, str):
@@ -86,6 +89,34 @@ def _site(node: ir.Node) -> Site:
         inputs,
         (nodes[-1].outputs[0].name or "",),
         weights,
+    )
+
+
+def _product(node: ir.Node) -> Site | None:
+    """A product of two activations, as attention has two of."""
+    inputs = [v for v in node.inputs if v is not None and constant_tensor(v) is None]
+    if len(inputs) != 2 or any(v.dtype not in (None, FLOAT) for v in inputs):
+        return None
+    names, name = tuple(v.name or "" for v in inputs), node.name or ""
+    return Site(NAME, name, "product", (name,), names, (node.outputs[0].name or "",))
+
+
+def _recurrent(node: ir.Node) -> Site | Refusal:
+    """LSTM, GRU or RNN: its input and recurrence weights are one choice."""
+    for weight in node.inputs[1:3]:
+        reason = _weight_problem(weight, (3,))
+        if reason is not None:
+            return _refuse(node, reason)
+    name = node.name or ""
+    read = [v for v in node.inputs if v is not None and (v.name or constant_tensor(v) is not None)]
+    return Site(
+        NAME,
+        name,
+        "recurrent",
+        (name,),
+        tuple(v.name or "" for v in read if constant_tensor(v) is None),
+        tuple(v.name or "" for v in node.outputs if v.uses() or v.is_graph_output()),
+        tuple(v.name or "" for v in read if constant_tensor(v) is not None),
     )
 
 

@@ -33,6 +33,7 @@ from lamina.passes.quantize.graph import (
     shared,
 )
 from lamina.passes.quantize.linear import Linear, linear_of
+from lamina.passes.quantize.smoothing import smoothed
 from lamina.passes.quantize.weights import QuantizedWeight, encode
 
 # A bias in units of s_x * s_w must fit int32 with room for the sum it is added to.
@@ -46,6 +47,14 @@ def channel_weights(value: ir.Value, parameters: Mapping[str, Any], axis: int) -
     return QuantizedWeight(from_rows(found.codes, array.shape, axis), found.scale[:, 0]), found.form
 
 
+def shifted(bias: np.ndarray | None, parameters: Mapping[str, Any]) -> np.ndarray | None:
+    """The bias ``[channels]`` with the option's correction, or None where there is neither."""
+    if "bias_shift" not in parameters:
+        return bias
+    shift = np.asarray(parameters["bias_shift"], np.float32)
+    return shift if bias is None else np.asarray(bias + shift, np.float32)
+
+
 def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
     """Conv with its activation: becomes QLinearConv."""
     conv, parameters = nodes[site.nodes[0]], option.parameters
@@ -53,6 +62,7 @@ def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str
     assert source is not None
     assert weight is not None
     array = constant_array(conv.inputs[2]) if len(conv.inputs) > 2 else None
+    array = shifted(array, parameters)
     x = quantize_dequantize(rewriter, source, parameters["input"], f"{site.name}.input")
     inputs = [x, *_weight_and_bias(site, rewriter, parameters, weight, 0, array)]
     y = rewriter.op("Conv", inputs, attributes(conv), name=f"{site.name}.conv", dtype=FLOAT)
@@ -69,11 +79,12 @@ def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str
 
 def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
     """MatMul or Gemm with its bias, float result: becomes MatMulIntegerToFloat or QGemm."""
-    product, parameters = linear_of(site, nodes), option.parameters
+    parameters = option.parameters
+    product = smoothed(linear_of(site, nodes), parameters, rewriter)
     if product.left:
         return _emit_left(site, parameters, rewriter, product)
     x = quantize_dequantize(rewriter, product.activation, parameters["input"], f"{site.name}.input")
-    bias = product.bias_vector()
+    bias = shifted(product.bias_vector(), parameters)
     two_dimensional = product.node.op_type == "Gemm" or _rank(product.activation) == 2
     if bias is None or not two_dimensional:
         (weight,) = _weight_and_bias(
@@ -92,6 +103,17 @@ def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[s
         ]
     flags = {"transB": int(product.transposed)}
     return rewriter.op("Gemm", inputs, flags, name=f"{site.name}.gemm", dtype=FLOAT)
+
+
+def emit_product(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
+    """MatMul of two activations, float result."""
+    inputs = []
+    for i, (value, given) in enumerate(
+        zip(nodes[site.nodes[0]].inputs, option.parameters["inputs"], strict=True)
+    ):
+        assert value is not None
+        inputs.append(quantize_dequantize(rewriter, value, given, f"{site.name}.input{i}"))
+    return rewriter.op("MatMul", inputs, name=f"{site.name}.matmul", dtype=FLOAT)
 
 
 def _weight_and_bias(

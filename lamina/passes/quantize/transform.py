@@ -10,17 +10,20 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from lamina.analysis.ranges import RANGE_METHODS
 from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Effect, Form, Lossy, Need, Option, Refusal, Site, Transform
 from lamina.passes.quantize import carriers, dynamic, float16, static, weight_only
 from lamina.passes.quantize.activations import activation_range, shares_mean, value_named
+from lamina.passes.quantize.bias_correction import bias_shift
 from lamina.passes.quantize.graph import FLOAT, constant_array
 from lamina.passes.quantize.linear import linear_of
 from lamina.passes.quantize.rounding import METHODS, round_alone
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
-from lamina.passes.quantize.weight_only import weight_place
+from lamina.passes.quantize.smoothing import RULES, Rule, Smoothing, check_rules, choose_smoothing
+from lamina.passes.quantize.weight_only import weight_place, weight_places
 from lamina.passes.quantize.weights import CLIPPINGS, Clipping
 
 FORMS = (
@@ -34,11 +37,12 @@ FORMS = (
     "stored-w3",
     "stored-w2",
     "float16",
+    "bfloat16",
     "float16-compute",
 )
 _LINEAR = ("matmul", "gemm")
 _BLOCKS = ("w8", "w4", "w2")
-_RANGES = ("mse", "percentile", "minmax")
+_STORED = ("conv", "convtranspose", "recurrent", "embedding", *_LINEAR)
 Emitter = Callable[[Site, Option, Rewriter, Mapping[str, ir.Node]], ir.Value]
 
 # (site kind, option name) -> what writes it
@@ -48,14 +52,16 @@ _EMITTERS: dict[tuple[str, str], Emitter] = {
     **{(kind, "w8a8-static"): static.emit_linear for kind in _LINEAR},
     **{(kind, "w8a8-dynamic"): dynamic.emit_linear for kind in _LINEAR},
     **{(kind, name): weight_only.emit_blocks for kind in _LINEAR for name in _BLOCKS},
-    **{(kind, "stored-w8"): weight_only.emit_stored for kind in ("conv", "embedding", *_LINEAR)},
+    **{(kind, "stored-w8"): weight_only.emit_stored for kind in _STORED},
     **{
         (kind, f"stored-w{bits}"): weight_only.emit_stored
-        for kind in ("conv", *_LINEAR)
+        for kind in ("conv", "convtranspose", *_LINEAR)
         for bits in (4, 3, 2)
     },
     ("embedding", "stored-w4"): weight_only.emit_stored,
-    **{(kind, "float16"): float16.emit_stored for kind in ("conv", "embedding", *_LINEAR)},
+    **{(kind, name): float16.emit_stored for kind in _STORED for name in ("float16", "bfloat16")},
+    ("product", "w8a8-static"): static.emit_product,
+    ("product", "w8a8-dynamic"): dynamic.emit_product,
     **{(kind, "float16-compute"): float16.emit_compute for kind in ("conv", *_LINEAR)},
     **{(kind, "w8a8-static"): carriers.emit_carrier for kind in CARRIERS},
 }
@@ -70,10 +76,11 @@ class Quantize(Transform):
     ``w4`` and ``w2`` (weights in blocks, fused kernels), ``stored-w8`` to ``stored-w2`` and ``float16``
     (weights small in the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling,
     mean, Concat, Pad) offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare
-    two conversions.
+    two conversions. ConvTranspose, LSTM, GRU and RNN are stored small only.
 
     Fires: Conv with the Relu or Clip behind it, Gemm, MatMul with a constant matrix on either side and the
-    bias Add behind it, Gather from a constant float table.
+    bias Add behind it, Gather from a constant float table, ConvTranspose, LSTM, GRU and RNN; on request
+    MatMul of two activations.
     Refuses: weights that are not constant float32, can be replaced by a caller, or lie in a subgraph; Gemm
     with transA or a bias that is not a vector; too short a reduction.
     Effect: Lossy. Rounding errors of at most half a scale an element, and clipping where that costs less.
@@ -82,28 +89,36 @@ class Quantize(Transform):
 
     Attributes:
         forms: Options to offer, a subset of :data:`FORMS`.
-        ranges: How activation ranges are chosen: ``mse``, ``percentile`` or ``minmax``.
+        ranges: How activation ranges are chosen: ``mse``, ``percentile``, ``minmax`` or ``entropy``.
         clipping: How weight ranges are chosen: ``mse`` or ``minmax``.
+        smoothing: Rules that scales between an activation's channels and its weights are chosen from: alphas
+            of SmoothQuant and ``log``; the one with the least output error is taken where it pays. Needs
+            calibration vectors (``statistics.inputs``); empty: none.
+        correct_bias: Take the mean error of an operator's output, on calibration vectors, out of its bias.
         block: Elements that share a scale in the block forms: a power of two, 16 to 256.
         reduce_range: Use 7 bits of int8 weights. On x86 without VNNI the uint8 x int8 product saturates a
             16-bit sum, which is silently wrong with large weights; 7 bits cannot saturate. None: where the
             target's kernels were seen to saturate; without a target, where ONNX Runtime's here do.
         dynamic_conv: Offer ``w8a8-dynamic`` for Conv (ConvInteger: 6 to 9 times slower where measured).
+        products: Offer ``w8a8-static`` and ``w8a8-dynamic`` for MatMul of two activations, as in attention.
         carriers: Offer the operators that carry int8 between convolutions.
         minimum_reduction: Fewest products an output sums for an operator to be worth it.
-        rounding: How integer codes are chosen where the statistics hold what an operator reads (the need
-            ``INPUTS``): ``nearest``, ``gptq`` or ``descent``. ``higgs`` needs no data: stored forms of 4 to 2
-            bits are rotated and rounded to the best grid for a Gaussian. A finished plan is rounded anew,
-            operator after operator, whatever this says (:mod:`lamina.passes.quantize.rounding`), but for
-            what is rotated.
+        rounding: How integer codes are chosen where the statistics hold second moments of what an operator
+            reads (the need ``INPUTS``) and nothing is smoothed: ``nearest``, ``gptq`` or ``descent``.
+            ``higgs`` needs no data: stored forms of 4 to 2 bits are rotated and rounded to the best grid for
+            a Gaussian. A finished plan is rounded anew, operator after operator, whatever this says
+            (:mod:`lamina.passes.quantize.rounding`), but for what is rotated.
     """
 
     forms: tuple[str, ...] = FORMS
     ranges: str = "mse"
     clipping: Clipping = "mse"
+    smoothing: tuple[Rule, ...] = RULES
+    correct_bias: bool = True
     block: int = 32
     reduce_range: bool | None = None
     dynamic_conv: bool = False
+    products: bool = False
     carriers: bool = True
     minimum_reduction: int = 4
     rounding: str = "nearest"
@@ -111,18 +126,20 @@ class Quantize(Transform):
     effect: ClassVar[Effect] = Lossy()
     paper: ClassVar[str] = "arXiv:1712.05877"
     axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory")
-    needs: ClassVar[frozenset[Need]] = frozenset({"ranges"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"ranges", "vectors"})
     name: ClassVar[str] = NAME
     storage_only: ClassVar[frozenset[str]] = frozenset(
-        {"stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16"}
+        {"stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16", "bfloat16"}
     )
 
     def __post_init__(self) -> None:
         unknown = [form for form in self.forms if form not in FORMS]
         if unknown:
             raise PassError(f"quantize has no form '{unknown[0]}'", advice=f"choose from: {', '.join(FORMS)}")
-        if self.ranges not in _RANGES:
-            raise PassError(f"range method '{self.ranges}' is unknown", advice=f"choose one of {_RANGES}")
+        if self.ranges not in RANGE_METHODS:
+            raise PassError(
+                f"range method '{self.ranges}' is unknown", advice=f"choose one of {RANGE_METHODS}"
+            )
         if self.clipping not in CLIPPINGS:
             raise PassError(
                 f"weight clipping '{self.clipping}' is unknown", advice=f"choose one of {CLIPPINGS}"
@@ -130,13 +147,15 @@ class Quantize(Transform):
         if self.rounding not in (*METHODS, "higgs"):
             names = f"choose one of {(*METHODS, 'higgs')}"
             raise PassError(f"rounding '{self.rounding}' is unknown", advice=names)
+        check_rules(self.smoothing)
         if self.block not in (16, 32, 64, 128, 256):
             raise PassError(f"block={self.block} is not possible", advice="choose 16, 32, 64, 128 or 256")
 
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Every weighted operator, embedding and carrier, or why not."""
         for found in find_sites(program, self.minimum_reduction):
-            if self.carriers or isinstance(found, Refusal) or found.kind not in CARRIERS:
+            kind = "" if isinstance(found, Refusal) else found.kind
+            if (self.carriers or kind not in CARRIERS) and (self.products or kind != "product"):
                 yield found
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
@@ -176,7 +195,13 @@ class Quantize(Transform):
         value = emitter(site, option, rewriter, nodes)
         old = nodes[site.nodes[-1]].outputs[0]
         value.dtype, value.shape = FLOAT, None if old.shape is None else ir.Shape(old.shape)
-        return [value]
+        if site.kind != "recurrent":
+            return [value]
+        made, given = value.producer(), nodes[site.nodes[0]].outputs
+        assert made is not None
+        for new, known in zip(made.outputs, given, strict=True):
+            new.dtype, new.shape = FLOAT, known.shape
+        return [new for new, known in zip(made.outputs, given, strict=True) if known.name in site.outputs]
 
     def _offered(self, form: str, site: Site, kernels: Mapping[str, Any] | None) -> bool:
         if form == "w8a8-dynamic" and site.kind == "conv" and not self.dynamic_conv:
@@ -203,11 +228,17 @@ class Quantize(Transform):
     def _option(self, form: str, site: Site, program: Program, statistics: Any, bits: int) -> Option | None:
         if form == "w8a8-static":
             return self._static(site, program, statistics, bits)
-        if form.startswith("float16"):
-            array = _weight(site, program)
-            return Option(form) if array is not None and float16.fits_float16(array) else None
-        if form in ("w8a8-dynamic", "stored-w8"):
+        if form in ("float16", "bfloat16", "float16-compute"):
+            return self._half(form, site, program, statistics)
+        if form == "stored-w8":
             return Option(form, self._channels(bits, site, program, statistics))
+        if form == "w8a8-dynamic":
+            if site.kind == "product":
+                return Option(form)
+            given = self._channels(bits, site, program, statistics)
+            if (found := self._smoothing(site, program, statistics, bits, None)) is not None:
+                given["smooth"] = found.parameters()
+            return Option(form, self._corrected(given, site, program, statistics))
         width = int(form[-1])
         parameters: dict[str, Any] = {"weight_bits": width, "clipping": self.clipping}
         if form in _BLOCKS:
@@ -226,7 +257,9 @@ class Quantize(Transform):
 
     def _rounded(self, option: Option, site: Site, program: Program, statistics: Any) -> Option:
         seen = (getattr(statistics, "inputs", None) or {}).get(site.nodes[0])
-        if self.rounding not in METHODS[1:] or seen is None or "weight_bits" not in option.parameters:
+        if self.rounding not in METHODS[1:] or "weight_bits" not in option.parameters:
+            return option
+        if seen is None or not seen.moments.size or "smooth" in option.parameters:
             return option
         named = replace(option, parameters={**option.parameters, "rounding": self.rounding})
         operator = statistics.operators[site.nodes[0]]
@@ -240,19 +273,48 @@ class Quantize(Transform):
         ]
         return round_alone(named, operator, program, np.sum(readers, axis=0))
 
+    def _half(self, form: str, site: Site, program: Program, statistics: Any) -> Option | None:
+        """float16 keeps more digits; bfloat16 is for weights that leave its range."""
+        fits = all(float16.fits_float16(array) for array in _weights(site, program))
+        if form == "bfloat16":
+            return None if fits and "float16" in self.forms else Option(form)
+        if form == "float16-compute":
+            fits = fits and float16.stays_within((*site.inputs, *site.outputs), statistics)
+        return Option(form) if fits else None
+
     def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""
         balance = "none"
-        if site.kind == "conv" and math.prod(_weight(site, program).shape[2:]) > 1:
+        if site.kind == "conv" and math.prod(_weights(site, program)[0].shape[2:]) > 1:
             balance = "kernel"
-        elif site.kind != "embedding" and shares_mean(program, site.inputs[0], statistics):
+        elif site.kind in ("conv", *_LINEAR) and shares_mean(program, site.inputs[0], statistics):
             balance = "row"
         return {"weight_bits": bits, "clipping": self.clipping, "balance": balance}
+
+    def _smoothing(
+        self, site: Site, program: Program, statistics: Any, bits: int, ranges: str | None
+    ) -> Smoothing | None:
+        if not self.smoothing or site.kind not in _LINEAR or _is_left(site, program):
+            return None
+        return choose_smoothing(
+            program, site.inputs[0], statistics, rules=self.smoothing, bits=bits, ranges=ranges
+        )
+
+    def _corrected(
+        self, parameters: dict[str, Any], site: Site, program: Program, statistics: Any
+    ) -> dict[str, Any]:
+        if self.correct_bias:
+            shift = bias_shift(site, _nodes(site, program), statistics, parameters)
+            if shift is not None:
+                return {**parameters, "bias_shift": shift}
+        return parameters
 
     def _static(self, site: Site, program: Program, statistics: Any, bits: int) -> Option | None:
         inputs = [activation_range(program, name, statistics, self.ranges) for name in site.inputs]
         if any(given is None for given in inputs):
             return None
+        if site.kind == "product":
+            return Option("w8a8-static", {"inputs": inputs}, "int8", "float")
         output = None
         if site.kind == "conv" or site.kind in CARRIERS:
             output = activation_range(program, site.outputs[0], statistics, self.ranges)
@@ -260,6 +322,10 @@ class Quantize(Transform):
             parameters: dict[str, Any] = {"inputs": inputs, "output": output}
             return None if output is None else Option("w8a8-static", parameters, "int8", "int8")
         parameters = {"input": inputs[0], **self._channels(bits, site, program, statistics)}
+        if (found := self._smoothing(site, program, statistics, bits, self.ranges)) is not None:
+            parameters["input"] = {"scale": found.scale, "zero_point": found.zero_point}
+            parameters["smooth"] = found.parameters()
+        parameters = self._corrected(parameters, site, program, statistics)
         if site.kind != "conv":
             return Option("w8a8-static", parameters, "int8", "float")
         written: Form = "int8"
@@ -298,10 +364,11 @@ def _nodes(site: Site, program: Program) -> dict[str, ir.Node]:
     return found
 
 
-def _weight(site: Site, program: Program) -> Any:
+def _weights(site: Site, program: Program) -> list[np.ndarray]:
     nodes = _nodes(site, program)
-    index, _ = weight_place(site, nodes)
-    return constant_array(nodes[site.nodes[0]].inputs[index])
+    node = nodes[site.nodes[0]]
+    arrays = [constant_array(node.inputs[index]) for index, _ in weight_places(site, nodes)]
+    return [array for array in arrays if array is not None]
 
 
 def _is_left(site: Site, program: Program) -> bool:

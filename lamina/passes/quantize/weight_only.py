@@ -56,20 +56,29 @@ def emit_stored(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[s
     """The operator as it was, its weight made from few bits at load time."""
     if site.kind == "embedding":
         return _emit_rows(site, option.parameters, rewriter, nodes[site.nodes[0]])
-    node = nodes[site.nodes[0]]
-    index, axis = weight_place(site, nodes)
-    weight = node.inputs[index]
-    assert weight is not None
-    made = _stored(rewriter, weight, option.parameters, axis)
-    return rebuild(site, rewriter, nodes, {index: made})
+    node, changed = nodes[site.nodes[0]], {}
+    for index, axis in weight_places(site, nodes):
+        weight = node.inputs[index]
+        assert weight is not None
+        changed[index] = _stored(rewriter, weight, option.parameters, axis)
+    return rebuild(site, rewriter, nodes, changed)
 
 
 def weight_place(site: Site, nodes: Mapping[str, ir.Node]) -> tuple[int, int]:
     """Which input is the weight, and which of its axes numbers output channels."""
     if site.kind in ("conv", "embedding"):
         return (1 if site.kind == "conv" else 0), 0
+    if site.kind in ("convtranspose", "recurrent"):
+        # channels of groups, and gates of directions, of one number share a scale
+        return 1, 1
     product = linear_of(site, nodes)
     return (0 if product.left else 1), product.channel_axis
+
+
+def weight_places(site: Site, nodes: Mapping[str, ir.Node]) -> list[tuple[int, int]]:
+    """As :func:`weight_place`, of every weight: a recurrent operator has two."""
+    first = weight_place(site, nodes)
+    return [first, (2, 1)] if site.kind == "recurrent" else [first]
 
 
 def rebuild(
@@ -79,7 +88,14 @@ def rebuild(
     first = nodes[site.nodes[0]]
     inputs = [changed.get(i, v) for i, v in enumerate(first.inputs)]
     old = first.outputs[0]
-    y = rewriter.op(first.op_type, inputs, attributes(first), name=f"{site.name}.{site.kind}", dtype=FLOAT)
+    y = rewriter.op(
+        first.op_type,
+        inputs,
+        attributes(first),
+        outputs=len(first.outputs),
+        name=f"{site.name}.{site.kind}",
+        dtype=FLOAT,
+    )
     for name in site.nodes[1:]:
         node = nodes[name]
         inputs = [y if v is old else v for v in node.inputs]

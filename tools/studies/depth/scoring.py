@@ -139,14 +139,14 @@ class Study:
     report: Judge
 
     @staticmethod
-    def of(case: Case, order_samples: int, report_samples: int | None) -> Study:
-        """Capture, fold, and run the original once."""
-        program, _, _ = fold(capture(str(case.path)))
+    def of(case: Case, order_samples: int, report_samples: int | None, forms: Sequence[str] = ()) -> Study:
+        """Capture, fold (with equivalent ``forms``), and run the original once."""
+        program, _, _ = fold(capture(str(case.path)), forms=forms)
         splits = load_splits(case.load(), program, batch_size=case.batch_size)
         metric = get_metric(case.metric, program)
         divergence = get_metric(metric.divergence, program)
-        some = _evenly(splits.selection, order_samples)
-        report = _evenly(splits.report, report_samples or splits.report.samples)
+        some = evenly(splits.selection, order_samples)
+        report = evenly(splits.report, report_samples or splits.report.samples)
         judges = (Judge(program, data, metric, divergence) for data in (some, report))
         return Study(case, program, short(splits.calibration), *judges)
 
@@ -161,5 +161,5 @@ class Study:
         return {"latency": found.ratio, "latency_spread": [found.low, found.high]}
 
 
-def _evenly(data: Dataset, count: int) -> Dataset:
+def evenly(data: Dataset, count: int) -> Dataset:
     return data.rows(np.linspace(0, data.samples - 1, min(count, data.samples)).astype(np.int64))

@@ -1,1 +1,1 @@
-"""Damage against size of every precision form, beside the tools of others."""
+"""The precision study: damage of quantized forms on trained models, beside other quantizers."""

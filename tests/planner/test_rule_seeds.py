@@ -19,12 +19,12 @@ from lamina.ir.branches import cache_ports
 from lamina.passes.drop_branch import DropBranch, apply_drops
 from lamina.planner.drop_evidence import DropEvidence, droppable
 from lamina.planner.drop_rules import Rule
-from lamina.planner.drop_seeds import DropSeeds
 from lamina.planner.evaluator import Score
 from lamina.planner.referee import Referee
+from lamina.planner.rule_seeds import RuleSeeds
 from lamina.planner.search import Goal, Search
 from lamina.planner.space import Genome, Space, build_space
-from lamina.planner.strategy import rules_of
+from lamina.planner.strategy import drop_sources, strategy_of
 
 
 class Judge:
@@ -86,7 +86,7 @@ def test_the_search_is_no_worse_than_any_of_its_rules(seed, goal):
     goal = Goal(goal.minimize, {a: b * costs.base[a] for a, b in goal.bounds.items()}, goal.allowed_damage)
 
     def best(rules: Sequence[Rule], only: bool):
-        seeds = DropSeeds(rules, evidence, space, share=1.0)
+        seeds = RuleSeeds(drop_sources(rules, evidence, space), space, share=1.0)
         search = Search(costs, damage, judge, goal, seconds=20, seeds=seeds, only_seeds=only)  # type: ignore[arg-type]
         search.run()
         return search.best(), seeds
@@ -110,7 +110,7 @@ def test_a_rule_alone_drops_as_many_as_the_bound_allows(seed):
     judge = Judge(space, seed)
     judge.pairs[:] = 0  # then damage grows, and bisection must find the last set that fits
     names = [c.site.name for c in space.choices]
-    seeds = DropSeeds([listed("order", names)], DropEvidence(()), space)
+    seeds = RuleSeeds(drop_sources([listed("order", names)], DropEvidence(()), space), space)
     goal = Goal("flops", {}, 1.3)
     flops = {**costs.delta, "flops": [[-1.0] for _ in names]}
     costs.delta = flops
@@ -122,6 +122,28 @@ def test_a_rule_alone_drops_as_many_as_the_bound_allows(seed):
     assert sum(found.genome) == int(fits.sum())
 
 
+def test_without_time_two_plans_of_every_rule_are_measured_and_may_win():
+    space = space_of(0)
+    costs, _ = random_costs(space, 0)
+    judge = Judge(space, 0)
+    names = [c.site.name for c in space.choices]
+    best = min(range(len(names)), key=lambda i: judge.single[i])
+    costs.delta = {**costs.delta, "latency": [[-0.01] for _ in names]}
+    judge.pairs = np.triu(
+        np.full_like(judge.pairs, 10.0), 1
+    )  # any two branches are a disaster, which sums of damages do not show
+    rules = [listed(f"from {i}", [*names[i:], *names[:i]]) for i in range(len(names))]
+    goal = Goal("damage", {"latency": costs.predict(space.nothing)["latency"] * 0.999})
+    seeds = RuleSeeds(drop_sources(rules, DropEvidence(()), space), space)
+    search = Search(costs, [[1.0]] * len(names), judge, goal, seconds=1e-9, seeds=seeds)  # type: ignore[arg-type]
+    search.run()
+    told = {row["rule"]: row for row in seeds.report()}
+    assert all(row["measured"] == 2 for row in told.values())
+    found = search.best()
+    assert found is not None
+    assert found.score.damage <= judge.single[best] + 1e-12
+
+
 def test_a_rule_that_cannot_work_costs_its_plans_only():
     space = space_of(0)
     costs, damage = random_costs(space, 0)
@@ -131,7 +153,7 @@ def test_a_rule_that_cannot_work_costs_its_plans_only():
 
     names = [c.site.name for c in space.choices]
     rules = [Rule("broken", "", broken), listed("fine", names)]
-    seeds = DropSeeds(rules, DropEvidence(()), space)
+    seeds = RuleSeeds(drop_sources(rules, DropEvidence(()), space), space)
     judge = Judge(space, 0)
     Search(costs, damage, judge, Goal("latency", {}, 1.0), seconds=5, seeds=seeds).run()  # type: ignore[arg-type]
     first, second = seeds.report()
@@ -140,15 +162,20 @@ def test_a_rule_that_cannot_work_costs_its_plans_only():
 
 
 def test_names_of_strategies():
-    assert rules_of(None) == rules_of("search")
-    assert not rules_of("search")[1]
-    rules, only = rules_of("balanced-skip, joint-branch-drop")
-    assert only
-    assert [r.name for r in rules] == ["balanced-skip", "joint-branch-drop"]
+    assert strategy_of(None) == strategy_of("search")
+    assert strategy_of("search").search
+    assert strategy_of("search").name == "search"
+    named = strategy_of("balanced-skip, merge-conv-chain, joint-branch-drop")
+    assert not named.search
+    assert [r.name for r in named.rules] == ["balanced-skip", "joint-branch-drop"]
+    assert [r.name for r in named.programs] == ["merge-conv-chain"]
+    assert strategy_of(named.name) == named
     with pytest.raises(BudgetError, match="there is no strategy 'nonsense'"):
-        rules_of(["nonsense"])
+        strategy_of(["nonsense"])
     with pytest.raises(BudgetError, match="needs the transform 'drop'"):
         lamina.optimize("absent.onnx", "drop<=1%", strategy="balanced-skip", transforms=["quantize"])
+    with pytest.raises(BudgetError, match="needs the transform 'merge-conv-chain'"):
+        lamina.optimize("absent.onnx", "drop<=1%", strategy="conv-merge-two-stage-dp", transforms=["drop"])
 
 
 # -- whole optimizations ------------------------------------------------------------------------------
