@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,12 @@ from lamina.errors import PassError
 from lamina.passes.quantize.bits import pack_bits, unpack_bits
 from lamina.passes.quantize.graph import constant_array, quantized
 from lamina.passes.quantize.higgs import gaussian_levels, quantize_rotated, rotation
-from lamina.passes.quantize.weights import quantize_blocks, quantize_channels, quantize_offset
+from lamina.passes.quantize.weights import (
+    halves,
+    quantize_blocks,
+    quantize_channels,
+    quantize_offset,
+)
 from lamina.passes.repair import packed, unpacked
 
 
@@ -130,6 +135,11 @@ def nearest(array: np.ndarray, parameters: Mapping[str, Any], axis: int, form: s
         return Coded(codes, scale, np.zeros((1, 1), np.float32), block, -limit, limit, form)
     codes = np.ascontiguousarray(made.codes.T.astype(np.uint8))
     zero = np.ascontiguousarray(made.zero_point.T.astype(np.float32))
+    if parameters.get("grid") == "affine":
+        scale = halves(scale)
+        found = Coded(codes, scale, zero, block, 0, 2**bits - 1, form)
+        exact = rows / found.spread(scale) + found.spread(zero)
+        return replace(found, codes=np.clip(np.rint(exact), 0, found.high).astype(np.uint8))
     return Coded(codes, scale, zero, block, 0, 2**bits - 1, form)
 
 

@@ -248,7 +248,8 @@ class Quantize(Transform):
         block = _stored_block(site, program, self.block)
         if block is None:
             return None
-        grid = "offset"
+        # a zero point a block is an eighth of a bit: four bits gain more by it, fewer lose a level
+        grid = "affine" if width == 4 and site.kind != "embedding" else "offset"
         if self.rounding == "higgs" and site.kind != "embedding":
             # the rotation needs a power of two
             turned = block & -block

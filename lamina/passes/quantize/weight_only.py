@@ -150,7 +150,12 @@ def _scaled(rewriter: Rewriter, weight: ir.Value, made: Coded, codes: ir.Value) 
     """Codes as float32 ``[channels, blocks, block]`` -> what they stand for."""
     name = short_name(weight)
     if made.levels is None:
-        zero = common(rewriter, made.zero.reshape(()), f"lamina.zero{float(made.zero[0, 0])!r}")
+        if made.zero.size == 1:
+            zero = common(rewriter, made.zero.reshape(()), f"lamina.zero{float(made.zero[0, 0])!r}")
+        else:
+            kind = ir.DataType.UINT4
+            points = shared(rewriter, weight, f"{made.form}.zero", _typed(made.zero[:, :, None], kind), kind)
+            zero = rewriter.op("Cast", [points], {"to": int(FLOAT)}, name=f"{name}.zero", dtype=FLOAT)
         real = rewriter.op("Sub", [codes, zero], name=f"{name}.offset", dtype=FLOAT)
         return rewriter.op("Mul", [real, _scales(rewriter, weight, made)], name=f"{name}.scaled", dtype=FLOAT)
     kind = ir.DataType.INT32
