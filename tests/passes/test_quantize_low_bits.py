@@ -44,7 +44,7 @@ def test_small_weights_shrink_too():
     # three bits need five operators more than four and pay from about 5,000 weights on
     sizes = [bytes_of(quantize_all(prog, f"stored-w{bits}")) for bits in (4, 8)]
     assert sizes == sorted(sizes)
-    assert sizes[0] < 0.3 * bytes_of(prog)
+    assert sizes[0] < 0.35 * bytes_of(prog)
 
 
 def test_bytes_of_another_length_are_refused():

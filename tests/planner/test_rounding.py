@@ -16,7 +16,6 @@ from lamina.ir.program import Program
 from lamina.planner.plan import Plan
 from lamina.report.terminal import result_tables
 
-
 _WIDTH = 96  # wide enough that weights, not nodes, are what a file holds
 
 
