@@ -39,6 +39,7 @@ KERNELS: tuple[tuple[str, frozenset[str]], ...] = (
     ("w8a8-dynamic", DYNAMIC),
     ("w8", BLOCKS),
     ("w4", BLOCKS),
+    ("w2", BLOCKS),
 )
 
 _FLAGS = (
@@ -124,9 +125,15 @@ _SHAPES = {
 
 
 def _probe_form(form: str, level: str) -> tuple[str, ...]:
-    build = {"w8a8-static": _static, "w8a8-dynamic": _dynamic, "w8": _blocks8, "w4": _blocks4}[form]
+    build: dict[str, Builder] = {
+        "w8a8-static": _static,
+        "w8a8-dynamic": _dynamic,
+        "w8": lambda op: _blocks(op, 8),
+        "w4": lambda op: _blocks(op, 4),
+        "w2": lambda op: _blocks(op, 2),
+    }
     wanted = kernels_of(form) or frozenset()
-    return tuple(op for op in _SHAPES if _op_types(build, op, level) & wanted)
+    return tuple(op for op in _SHAPES if _op_types(build[form], op, level) & wanted)
 
 
 def _keeps_float16(op: str, level: str) -> bool:
@@ -222,20 +229,16 @@ def _dynamic(op: str) -> ir.Model | None:
     return _model(x, body, {"w": _ints(w, np.int8), "ws": np.full(channels, 0.01, np.float32), "wz": zero})
 
 
-def _blocks8(op: str) -> ir.Model | None:
-    return _blocks(op, _ints(_SHAPES[op][1], np.int8))
-
-
-def _blocks4(op: str) -> ir.Model | None:
-    return _blocks(op, _ints(_SHAPES[op][1], np.int8, 7).astype(ml_dtypes.int4))
-
-
-def _blocks(op: str, weight: np.ndarray) -> ir.Model:
+def _blocks(op: str, bits: int) -> ir.Model:
     x, w, _ = _SHAPES[op]
-    block = 16
+    block, opset = 16, 25 if bits == 2 else 21
+    kind = {8: np.int8, 4: ml_dtypes.int4, 2: ml_dtypes.uint2}[bits]
+    weight = _ints(w, np.int8, 2 ** (bits - 1)).astype(kind)
+    if bits == 2:
+        weight = (_ints(w, np.int8, 2) + 2).astype(kind)
     scales = np.full((w[0] // block, *w[1:]), 0.01, np.float32)
     body = f"c = DequantizeLinear<axis = 0, block_size = {block}>(w, ws) y = {op}(x, c)"
-    return _model(x, body, {"w": weight, "ws": scales})
+    return _model(x, body, {"w": weight, "ws": scales}, opset)
 
 
 def _float16(op: str) -> ir.Model:
@@ -248,12 +251,13 @@ def _ints(shape: tuple[int, ...], dtype: type, largest: int = 100) -> np.ndarray
     return np.random.default_rng(0).integers(-largest, largest, shape).astype(dtype)
 
 
-def _model(shape: tuple[int, ...], body: str, arrays: Mapping[str, Any]) -> ir.Model:
+def _model(shape: tuple[int, ...], body: str, arrays: Mapping[str, Any], opset: int = 21) -> ir.Model:
     """A model with input x and output y around ``body``; it may read the names of ``arrays``."""
     dims = ",".join(map(str, shape))
     unknown = ",".join(f"d{i}" for i in range(len(shape)))
     declared = "".join(f", float {name}" for name in arrays)
-    text = f"""<ir_version: 10, opset_import: ["" : 21]>
+    version = 10 if opset < 25 else 13
+    text = f"""<ir_version: {version}, opset_import: ["" : {opset}]>
     probe (float[{dims}] x{declared}) => (float[{unknown}] y) {{ {body} }}"""
     model = ir.from_onnx_text(text)
     for value in list(model.graph.inputs)[1:]:

@@ -58,6 +58,25 @@ class Mending:
     paths: int = 0
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """What rounding the weights of one plan against data did.
+
+    Attributes:
+        operators: Operators that were rounded anew.
+        before: Divergence from the original on selection data with the nearest codes.
+        after: With the others.
+        kept: Whether the plan holds them.
+        seconds: What it took.
+    """
+
+    operators: int
+    before: float
+    after: float
+    kept: bool
+    seconds: float
+
+
 @dataclass
 class Builder:
     """Builds and times candidates once each."""
@@ -69,6 +88,7 @@ class Builder:
     failed: set[Genome] = field(default_factory=set)
     broken: set[tuple[int, int]] = field(default_factory=set)  # (choice, gene)
     mended: dict[Genome, Mending] = field(default_factory=dict)
+    rounded: dict[Genome, Rounded] = field(default_factory=dict)
     selection_score: float | None = None  # the original's metric on selection data, once it was asked for
     _memory: dict[Genome | None, int] = field(default_factory=dict)
 

@@ -94,6 +94,7 @@ def evidence(
             "damage": verdict.damage,
         },
         "moves": [_move(m) for m in verdict.finalist.realized.plan.moves],
+        "rounding": rounding(builder, candidate),
         "compensation": mending(builder, candidate),
         "forms": list(builder.prepared.folded.log),
         "undone": [dict(entry) for entry in builder.prepared.undone],
@@ -146,6 +147,12 @@ def _move(move: Move) -> dict[str, Any]:
 def mending(builder: Builder, candidate: Candidate) -> dict[str, Any] | None:
     """What compensating the plan did on selection data; None where it was not tried."""
     found = builder.mended.get(candidate.genome)
+    return None if found is None else asdict(found)
+
+
+def rounding(builder: Builder, candidate: Candidate) -> dict[str, Any] | None:
+    """What rounding the plan's weights against data did; None where it was not tried."""
+    found = builder.rounded.get(candidate.genome)
     return None if found is None else asdict(found)
 
 

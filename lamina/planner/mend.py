@@ -19,6 +19,7 @@ from lamina.planner.evaluator import Score
 from lamina.planner.paths import RANKS, with_paths
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
+from lamina.planner.rounding import round_plan
 from lamina.planner.search import Goal, Search
 from lamina.planner.selection import damages
 from lamina.quality import get_metric
@@ -39,11 +40,12 @@ _JOINING = (FlattenBlocks.name, ParallelLayers.name)
 def mend(
     request: Request, builder: Builder, finalist: Finalist, goal: Goal, *, part: float = 1.0
 ) -> Finalist:
-    """The finalist with repaired weights, where they lower the measured damage on selection data.
+    """The finalist with better rounded and repaired weights, where they lower the damage on selection data.
 
-    Fits on calibration data, once a plan. Bytes and operators stay as they are; the final measurement is of
-    the repaired model all the same. Low-rank paths, which do cost, come on top where damage is minimized or
-    the plan still misses the drop bound (:mod:`lamina.planner.paths`).
+    Rounding comes first: compensation fits what it leaves. Both look at calibration data, once a plan. Bytes
+    and operators stay as they are; the final measurement is of the repaired model all the same. Low-rank
+    paths, which do cost, come on top where damage is minimized or the plan still misses the drop bound
+    (:mod:`lamina.planner.paths`).
 
     Args:
         request: The budget and the data.
@@ -52,10 +54,12 @@ def mend(
         goal: What the search is after.
         part: Share of the time that is left.
     """
-    genome, realized = finalist.candidate.genome, finalist.realized
+    genome = finalist.candidate.genome
     seconds = part * (MEND_SHARE * request.seconds - sum(m.seconds for m in builder.mended.values()))
-    if not realized.plan.moves or genome in builder.mended or seconds <= 0:
+    if not finalist.realized.plan.moves or genome in builder.mended or seconds <= 0:
         return finalist
+    finalist = round_plan(request, builder, finalist)
+    realized = finalist.realized
     original, start = builder.prepared.folded.program, time.perf_counter()
     if [p.name for p in original.inputs] != [p.name for p in realized.program.inputs]:
         return finalist  # a cache left with its attention: the two do not run on the same feeds

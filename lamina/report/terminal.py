@@ -137,6 +137,7 @@ def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
             f"{touched['operators']:.0%} of the weighted operators",
             highlight=False,
         )
+    _rounding(console, evidence.get("rounding"))
     _compensation(console, evidence.get("compensation"))
 
 
@@ -146,6 +147,17 @@ def _widths(console: Console, found: Mapping[str, Any]) -> None:
     if pairs:
         console.print(
             f"weighted operators by bits: {', '.join(pairs)}; {found['mean_bits']:.2f} bits a weight",
+            highlight=False,
+        )
+
+
+def _rounding(console: Console, found: Mapping[str, Any] | None) -> None:
+    """What rounding weights against data did to the divergence on selection data."""
+    if found is not None:
+        word = "kept" if found["kept"] else "not kept"
+        console.print(
+            f"rounding {word}: {found['operators']} operators, divergence on selection data "
+            f"{found['before']:.3g} -> {found['after']:.3g}",
             highlight=False,
         )
 

@@ -245,7 +245,8 @@ def offered(prog, target=None, transform=None):
 
 
 def test_forms_offered_for_a_product():
-    names = ["w8a8-static", "w8a8-dynamic", "w8", "w4", "stored-w8", "stored-w4", "float16"]
+    names = ["w8a8-static", "w8a8-dynamic", "w8", "w4", "w2"]
+    names += ["stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16"]
     assert offered(one("MatMul", normal(16, 8))) == names
     picked = Quantize(forms=("float16", "w8a8-dynamic"))
     assert offered(one("MatMul", normal(16, 8)), transform=picked) == ["float16", "w8a8-dynamic"]
@@ -255,7 +256,7 @@ def test_the_target_decides_what_is_offered():
     names = offered(one("MatMul", normal(16, 8)), "ort:cpu?threads=1")
     assert {"w8a8-static", "stored-w8", "float16"} <= set(names)
     plain = offered(one("MatMul", normal(16, 8)), "ort:cpu?threads=1&opt=disabled")
-    assert not {"w8", "w4"} & set(plain)
+    assert not {"w8", "w4", "w2"} & set(plain)
     assert "stored-w8" in plain
 
 

@@ -60,7 +60,12 @@ OTHERS = {
     "conv 1-D": (op("Conv", normal(8, 4, 8)), (2, 4, 20)),
 }
 EVERY = LINEAR | OTHERS
-BOUNDS = {"w8": 0.02, "w4": 0.1, "stored-w8": 0.01, "stored-w4": 0.1, "float16": 1e-3}
+BOUNDS = {
+    **{"w8": 0.02, "w4": 0.1, "w2": 0.5, "stored-w8": 0.01},
+    **{"stored-w4": 0.1, "stored-w3": 0.2, "stored-w2": 0.4, "float16": 1e-3},
+}
+BLOCKS = ("w8", "w4", "w2")
+STORED = ("stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16")
 
 
 def offered(case, form):
@@ -75,7 +80,8 @@ def offered(case, form):
 def test_result_is_within_the_bound_of_its_bits(case, form):
     prog, shape, options = offered(case, form)
     if not options:
-        assert (form in ("w8", "w4") and case in OTHERS) or form == "stored-w4"
+        assert form in BLOCKS
+        assert case in OTHERS
         return
     x = normal(*shape)
     quantized = apply_quantize(prog, {"op": options[0]})
@@ -93,10 +99,13 @@ def test_four_bits_are_stored_where_a_block_divides_the_reduction():
     assert option.parameters["block"] == 25
     (option,) = offered("depthwise", "stored-w4")[2]
     assert option.parameters["block"] == 9
+    for depth, block in ((172, 43), (173, 173), (5, 5)):
+        prog = program(op("MatMul", normal(depth, 48)), ("b", depth))
+        assert pick(prog, sites(prog)["op"], "stored-w4").parameters["block"] == block
 
 
 @pytest.mark.parametrize("dims", ["known", "batch", "none"])
-@pytest.mark.parametrize("form", ["w8", "w4"])
+@pytest.mark.parametrize("form", BLOCKS)
 @pytest.mark.parametrize("case", LINEAR)
 def test_blocks_become_one_matmulnbits(case, form, dims):
     build, shape = LINEAR[case]
@@ -106,7 +115,7 @@ def test_blocks_become_one_matmulnbits(case, form, dims):
     assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(counts)
 
 
-@pytest.mark.parametrize("form", ["stored-w8", "stored-w4", "float16"])
+@pytest.mark.parametrize("form", STORED)
 @pytest.mark.parametrize("case", EVERY)
 def test_stored_forms_run_as_the_original_does(case, form):
     prog, _, options = offered(case, form)
@@ -116,26 +125,33 @@ def test_stored_forms_run_as_the_original_does(case, form):
 
 @pytest.mark.parametrize(
     ("form", "share"),
-    [("w8", 0.30), ("w4", 0.18), ("stored-w8", 0.27), ("stored-w4", 0.18), ("float16", 0.51)],
+    [
+        *(("w8", 0.30), ("w4", 0.18), ("w2", 0.115), ("stored-w8", 0.27)),
+        *(("stored-w4", 0.15), ("stored-w3", 0.12), ("stored-w2", 0.089), ("float16", 0.51)),
+    ],
 )
 def test_the_file_shrinks(form, share):
     prog = program(op("MatMul", normal(256, 256)), ("b", 256))
     assert bytes_of(quantize_all(prog, form)) < share * bytes_of(prog)
 
 
-def test_forms_of_new_operators_ask_for_their_opset():
-    prog, _, (option,) = offered("matmul", "w4")
-    assert option.parameters["opset"] == 21
+@pytest.mark.parametrize(("form", "opset"), [("w4", 21), ("w2", 25)])
+def test_forms_of_new_operators_ask_for_their_opset(form, opset):
+    prog, _, (option,) = offered("matmul", form)
+    assert option.parameters["opset"] == opset
     rewriter, site = Rewriter(prog.clone().model), sites(prog)["op"]
-    with pytest.raises(PassError, match="needs opset 21"):
+    with pytest.raises(PassError, match=f"needs opset {opset}"):
         Quantize().emit(site, option, rewriter, {"op": rewriter.node("op")})
 
 
-def test_four_bits_of_codes_on_the_grid_are_exact():
-    codes = rng.integers(0, 16, (64, 8))
-    codes[::32], codes[1::32] = 0, 15
-    prog = program(op("MatMul", ((codes - 7) / 8).astype(np.float32)), (5, 64))
-    quantized = quantize_all(prog, "stored-w4")
+@pytest.mark.parametrize(("bits", "middle"), [(4, False), (3, False), (3, True), (2, False), (2, True)])
+def test_weights_on_the_grid_are_exact(bits, middle):
+    top = 2**bits - 1
+    codes = rng.integers(0, top + 1, (64, 8))
+    codes[::32], codes[1::32] = 0, top
+    zero = top / 2 if middle else 2 ** (bits - 1)
+    prog = program(op("MatMul", ((codes - zero) / 8).astype(np.float32)), (5, 64))
+    quantized = quantize_all(prog, f"stored-w{bits}")
     x = normal(5, 64)
     np.testing.assert_allclose(run(quantized, x), run(prog, x), rtol=1e-5, atol=1e-5)
 
@@ -150,8 +166,9 @@ def test_shared_weights_are_stored_once_in_every_form():
     prog = program(build, ("b", 64))
     for form in BOUNDS:
         quantized = quantize_all(prog, form)
-        large = [v for v in quantized.graph.initializers.values() if v.const_value.size == weight.size]
-        assert len(large) == 1, form
+        sizes = [v.const_value.nbytes for v in quantized.graph.initializers.values()]
+        # in blocks, scales or zero points are as large as the codes of two bits
+        assert sum(n >= weight.size // 8 for n in sizes) <= 1 + (form in BLOCKS), form
 
 
 # -- float16 ---------------------------------------------------------------------------------------
@@ -198,7 +215,10 @@ def embedding(rows=200, width=32):
     return program(build, ("b", "t")), table
 
 
-@pytest.mark.parametrize(("form", "bound", "share"), [("stored-w8", 0.01, 0.32), ("float16", 1e-3, 0.52)])
+@pytest.mark.parametrize(
+    ("form", "bound", "share"),
+    [("stored-w8", 0.01, 0.32), ("stored-w4", 0.12, 0.21), ("float16", 1e-3, 0.52)],
+)
 def test_embeddings_stay_small_in_memory_too(form, bound, share):
     prog, _ = embedding()
     quantized = quantize_all(prog, form)
@@ -208,7 +228,7 @@ def test_embeddings_stay_small_in_memory_too(form, bound, share):
     assert relative_error(result, run(prog, index)) < bound
     assert bytes_of(quantized) < share * bytes_of(prog)
     # the table is not widened while loading: rows are gathered in few bits
-    assert kernels(quantized)["Gather"] == (2 if form == "stored-w8" else 1)
+    assert kernels(quantized)["Gather"] == (1 if form == "float16" else 2)
     assert kernels(quantized)["Cast"] == 2
 
 

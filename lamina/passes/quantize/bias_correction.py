@@ -48,7 +48,7 @@ def bias_shift(
         axis, alpha = product.channel_axis, product.alpha
         weight, factor = smoothed_weight(product, parameters), factors(parameters)
     assert weight is not None
-    tensor, made = constant_tensor(weight), channel_weights(weight, parameters, axis)
+    tensor, (made, _) = constant_tensor(weight), channel_weights(weight, parameters, axis)
     assert tensor is not None
     exact = _rows(tensor.numpy(), axis, x.shape[1])
     rows = _rows(made.codes, axis, x.shape[1]) * made.scale.reshape(x.shape[1], -1, 1)

@@ -17,7 +17,7 @@ from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize.graph import FLOAT, attributes, constant_array, scalar, shared
 from lamina.passes.quantize.linear import linear_of
 from lamina.passes.quantize.smoothing import smoothed
-from lamina.passes.quantize.static import channel_form, channel_weights, shifted
+from lamina.passes.quantize.static import channel_weights, shifted
 
 
 def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
@@ -25,7 +25,7 @@ def emit_linear(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[s
     parameters = option.parameters
     product = smoothed(linear_of(site, nodes), parameters, rewriter)
     axis = product.channel_axis
-    made, form = channel_weights(product.weight, parameters, axis), channel_form(parameters, axis)
+    made, form = channel_weights(product.weight, parameters, axis)
     codes = made.codes.T if product.transposed else made.codes
     weight = shared(rewriter, product.weight, f"{form}{'.t' * product.transposed}.codes", codes)
     x, step, zero = _quantize(site, rewriter, product.activation)
@@ -50,8 +50,8 @@ def emit_conv(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str
     source, value = conv.inputs[0], conv.inputs[1]
     assert source is not None
     assert value is not None
-    made = channel_weights(value, parameters, 0)
-    weight = shared(rewriter, value, f"{channel_form(parameters, 0)}.codes", made.codes)
+    made, form = channel_weights(value, parameters, 0)
+    weight = shared(rewriter, value, f"{form}.codes", made.codes)
     x, step, zero = _quantize(site, rewriter, source)
     column = (-1,) + (1,) * (made.codes.ndim - 2)
     inputs = [x, weight, zero]

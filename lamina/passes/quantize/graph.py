@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -14,9 +14,10 @@ from lamina.passes.quantize.weights import QuantizedWeight
 
 FLOAT = ir.DataType.FLOAT
 _STANDARD = ("", "ai.onnx")
+Made = TypeVar("Made")
 
 # A weight's tensor is shared by every clone of its program, so each form of it is computed once a process.
-_FORMS: WeakKeyDictionary[ir.TensorProtocol, dict[str, QuantizedWeight]] = WeakKeyDictionary()
+_FORMS: WeakKeyDictionary[ir.TensorProtocol, dict[str, Any]] = WeakKeyDictionary()
 
 
 def is_op(node: ir.Node | None, *op_types: str) -> bool:
@@ -49,7 +50,7 @@ def attributes(node: ir.Node, *leave_out: str) -> dict[str, Any]:
     return {key: attr.value for key, attr in node.attributes.items() if key not in leave_out}
 
 
-def quantized(value: ir.Value, form: str, make: Callable[[np.ndarray], QuantizedWeight]) -> QuantizedWeight:
+def quantized(value: ir.Value, form: str, make: Callable[[np.ndarray], Made]) -> Made:
     """The weight ``value`` in the form called ``form``, computed by ``make`` the first time."""
     tensor = constant_tensor(value)
     assert tensor is not None, f"{value.name} is not constant"  # sites() made sure
@@ -59,7 +60,8 @@ def quantized(value: ir.Value, form: str, make: Callable[[np.ndarray], Quantized
         return make(tensor.numpy())
     if form not in forms:
         forms[form] = make(tensor.numpy())
-    return forms[form]
+    found: Made = forms[form]
+    return found
 
 
 def shared(
@@ -72,6 +74,12 @@ def shared(
     name = f"{weight.name}.{form}"
     known = rewriter.graph.initializers.get(name)
     return rewriter.constant(array, name, dtype=dtype) if known is None else known
+
+
+def common(rewriter: Rewriter, array: np.ndarray, name: str) -> ir.Value:
+    """A small constant that many weights use, created once a graph; ``name`` says all of its content."""
+    known = rewriter.graph.initializers.get(name)
+    return rewriter.constant(array, name) if known is None else known
 
 
 def scalar(rewriter: Rewriter, number: Any, kind: Any, name: str) -> ir.Value:

@@ -21,6 +21,7 @@ import onnx_ir as ir
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize.activations import saturates
+from lamina.passes.quantize.coded import coded, from_rows
 from lamina.passes.quantize.graph import (
     FLOAT,
     attributes,
@@ -28,34 +29,22 @@ from lamina.passes.quantize.graph import (
     dequantized_channels,
     quantize,
     quantize_dequantize,
-    quantized,
     scalar,
     shared,
 )
 from lamina.passes.quantize.linear import Linear, linear_of
 from lamina.passes.quantize.smoothing import smoothed
-from lamina.passes.quantize.weights import QuantizedWeight, encode, quantize_channels
+from lamina.passes.quantize.weights import QuantizedWeight, encode
 
 # A bias in units of s_x * s_w must fit int32 with room for the sum it is added to.
 _LARGEST_BIAS = 2.0**30
 
 
-def channel_form(parameters: Mapping[str, Any], axis: int) -> str:
-    """Names everything per-channel weights depend on besides the weight."""
-    balance = parameters.get("balance", "none")
-    form = f"int{parameters['weight_bits']}.axis{axis}.{parameters['clipping']}"
-    return form if balance == "none" else f"{form}.{balance}"
-
-
-def channel_weights(value: ir.Value, parameters: Mapping[str, Any], axis: int) -> QuantizedWeight:
-    """The weight in int8 with one scale for each index of ``axis``."""
-    bits, clipping = int(parameters["weight_bits"]), parameters["clipping"]
-    balance = parameters.get("balance", "none")
-    return quantized(
-        value,
-        channel_form(parameters, axis),
-        lambda array: quantize_channels(array, axis, bits=bits, clipping=clipping, balance=balance),
-    )
+def channel_weights(value: ir.Value, parameters: Mapping[str, Any], axis: int) -> tuple[QuantizedWeight, str]:
+    """The weight in int8 with one scale for each index of ``axis``, and what names that content."""
+    found, array = coded(value, parameters, axis), constant_array(value)
+    assert array is not None
+    return QuantizedWeight(from_rows(found.codes, array.shape, axis), found.scale[:, 0]), found.form
 
 
 def shifted(bias: np.ndarray | None, parameters: Mapping[str, Any]) -> np.ndarray | None:
@@ -137,7 +126,7 @@ def _weight_and_bias(
     alpha: float = 1.0,
 ) -> list[ir.Value]:
     """Dequantized int8 weight and, where there is a bias, dequantized int32 bias."""
-    made, form = channel_weights(weight, parameters, axis), channel_form(parameters, axis)
+    made, form = channel_weights(weight, parameters, axis)
     step = np.float32(parameters["input"]["scale"])
     if alpha != 1.0:
         # trap: a negative alpha would make negative scales; the codes take its sign
@@ -194,7 +183,7 @@ def _rank(value: ir.Value) -> int | None:
 
 def _emit_left(site: Site, parameters: Mapping[str, Any], rewriter: Rewriter, product: Linear) -> ir.Value:
     """``W @ x``: no fused kernel takes a scale for each row of its left operand, so it is MatMulInteger."""
-    made, form = channel_weights(product.weight, parameters, 0), channel_form(parameters, 0)
+    made, form = channel_weights(product.weight, parameters, 0)
     codes, _, zero = quantize(rewriter, product.activation, parameters["input"], f"{site.name}.input")
     weight = shared(rewriter, product.weight, f"{form}.codes", made.codes)
     none = scalar(rewriter, 0, np.int8, f"{site.name}.zero")

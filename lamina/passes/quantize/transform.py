@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from lamina.passes.quantize.activations import activation_range, shares_mean, va
 from lamina.passes.quantize.bias_correction import bias_shift
 from lamina.passes.quantize.graph import FLOAT, constant_array
 from lamina.passes.quantize.linear import linear_of
+from lamina.passes.quantize.rounding import METHODS, round_alone
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
 from lamina.passes.quantize.smoothing import RULES, Rule, Smoothing, check_rules, choose_smoothing
 from lamina.passes.quantize.weight_only import weight_place, weight_places
@@ -30,13 +31,17 @@ FORMS = (
     "w8a8-dynamic",
     "w8",
     "w4",
+    "w2",
     "stored-w8",
     "stored-w4",
+    "stored-w3",
+    "stored-w2",
     "float16",
     "bfloat16",
     "float16-compute",
 )
 _LINEAR = ("matmul", "gemm")
+_BLOCKS = ("w8", "w4", "w2")
 _STORED = ("conv", "convtranspose", "recurrent", "embedding", *_LINEAR)
 Emitter = Callable[[Site, Option, Rewriter, Mapping[str, ir.Node]], ir.Value]
 
@@ -46,9 +51,14 @@ _EMITTERS: dict[tuple[str, str], Emitter] = {
     ("conv", "w8a8-dynamic"): dynamic.emit_conv,
     **{(kind, "w8a8-static"): static.emit_linear for kind in _LINEAR},
     **{(kind, "w8a8-dynamic"): dynamic.emit_linear for kind in _LINEAR},
-    **{(kind, name): weight_only.emit_blocks for kind in _LINEAR for name in ("w8", "w4")},
+    **{(kind, name): weight_only.emit_blocks for kind in _LINEAR for name in _BLOCKS},
     **{(kind, "stored-w8"): weight_only.emit_stored for kind in _STORED},
-    **{(kind, "stored-w4"): weight_only.emit_stored for kind in ("conv", "convtranspose", *_LINEAR)},
+    **{
+        (kind, f"stored-w{bits}"): weight_only.emit_stored
+        for kind in ("conv", "convtranspose", *_LINEAR)
+        for bits in (4, 3, 2)
+    },
+    ("embedding", "stored-w4"): weight_only.emit_stored,
     **{(kind, name): float16.emit_stored for kind in _STORED for name in ("float16", "bfloat16")},
     ("product", "w8a8-static"): static.emit_product,
     ("product", "w8a8-dynamic"): dynamic.emit_product,
@@ -62,11 +72,11 @@ class Quantize(Transform):
     """Compute or store weighted operators in fewer bits, one choice an operator.
 
     Options, where they apply and the target has kernels: ``w8a8-static`` (uint8 activations by calibrated
-    ranges, int8 weights a scale a channel), ``w8a8-dynamic`` (activation ranges at run time), ``w8`` and
-    ``w4`` (weights in blocks, fused kernels), ``stored-w8``, ``stored-w4`` and ``float16`` (weights small in
-    the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling, mean, Concat, Pad)
-    offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare two conversions.
-    ConvTranspose, LSTM, GRU and RNN are stored small only.
+    ranges, int8 weights a scale a channel), ``w8a8-dynamic`` (activation ranges at run time), ``w8``,
+    ``w4`` and ``w2`` (weights in blocks, fused kernels), ``stored-w8`` to ``stored-w2`` and ``float16``
+    (weights small in the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling,
+    mean, Concat, Pad) offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare
+    two conversions. ConvTranspose, LSTM, GRU and RNN are stored small only.
 
     Fires: Conv with the Relu or Clip behind it, Gemm, MatMul with a constant matrix on either side and the
     bias Add behind it, Gather from a constant float table, ConvTranspose, LSTM, GRU and RNN; on request
@@ -93,6 +103,11 @@ class Quantize(Transform):
         products: Offer ``w8a8-static`` and ``w8a8-dynamic`` for MatMul of two activations, as in attention.
         carriers: Offer the operators that carry int8 between convolutions.
         minimum_reduction: Fewest products an output sums for an operator to be worth it.
+        rounding: How integer codes are chosen where the statistics hold second moments of what an operator
+            reads (the need ``INPUTS``) and nothing is smoothed: ``nearest``, ``gptq`` or ``descent``.
+            ``higgs`` needs no data: stored forms of 4 to 2 bits are rotated and rounded to the best grid for
+            a Gaussian. A finished plan is rounded anew, operator after operator, whatever this says
+            (:mod:`lamina.passes.quantize.rounding`), but for what is rotated.
     """
 
     forms: tuple[str, ...] = FORMS
@@ -106,13 +121,16 @@ class Quantize(Transform):
     products: bool = False
     carriers: bool = True
     minimum_reduction: int = 4
+    rounding: str = "nearest"
 
     effect: ClassVar[Effect] = Lossy()
     paper: ClassVar[str] = "arXiv:1712.05877"
     axes: ClassVar[tuple[str, ...]] = ("latency", "size", "memory")
     needs: ClassVar[frozenset[Need]] = frozenset({"ranges", "vectors"})
     name: ClassVar[str] = NAME
-    storage_only: ClassVar[frozenset[str]] = frozenset({"stored-w8", "stored-w4", "float16", "bfloat16"})
+    storage_only: ClassVar[frozenset[str]] = frozenset(
+        {"stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16", "bfloat16"}
+    )
 
     def __post_init__(self) -> None:
         unknown = [form for form in self.forms if form not in FORMS]
@@ -126,6 +144,9 @@ class Quantize(Transform):
             raise PassError(
                 f"weight clipping '{self.clipping}' is unknown", advice=f"choose one of {CLIPPINGS}"
             )
+        if self.rounding not in (*METHODS, "higgs"):
+            names = f"choose one of {(*METHODS, 'higgs')}"
+            raise PassError(f"rounding '{self.rounding}' is unknown", advice=names)
         check_rules(self.smoothing)
         if self.block not in (16, 32, 64, 128, 256):
             raise PassError(f"block={self.block} is not possible", advice="choose 16, 32, 64, 128 or 256")
@@ -153,7 +174,7 @@ class Quantize(Transform):
                 continue
             option = self._option(form, site, program, statistics, self._weight_bits(form, target))
             if option is not None:
-                found.append(option)
+                found.append(self._rounded(option, site, program, statistics))
         return tuple(found)
 
     def emit(
@@ -218,16 +239,40 @@ class Quantize(Transform):
             if (found := self._smoothing(site, program, statistics, bits, None)) is not None:
                 given["smooth"] = found.parameters()
             return Option(form, self._corrected(given, site, program, statistics))
-        parameters: dict[str, Any] = {
-            "weight_bits": 4 if form.endswith("w4") else 8,
-            "clipping": self.clipping,
-        }
-        if form in ("w8", "w4"):
+        width = int(form[-1])
+        parameters: dict[str, Any] = {"weight_bits": width, "clipping": self.clipping}
+        if form in _BLOCKS:
             if _is_left(site, program):
                 return None
-            return Option(form, {**parameters, "block": self.block, "opset": 21})
-        block = _dividing_block(site, program, self.block)
-        return None if block is None else Option(form, {**parameters, "block": block, "opset": 21})
+            return Option(form, {**parameters, "block": self.block, "opset": 25 if width == 2 else 21})
+        block = _stored_block(site, program, self.block)
+        if block is None:
+            return None
+        # a zero point a block is an eighth of a bit: four bits gain more by it, fewer lose a level
+        grid = "affine" if width == 4 and site.kind != "embedding" else "offset"
+        if self.rounding == "higgs" and site.kind != "embedding":
+            # the rotation needs a power of two
+            turned = block & -block
+            block, grid = (turned, "higgs") if turned >= 8 else (block, grid)
+        return Option(form, {**parameters, "block": block, "grid": grid, "opset": _STORED_OPSET[width]})
+
+    def _rounded(self, option: Option, site: Site, program: Program, statistics: Any) -> Option:
+        seen = (getattr(statistics, "inputs", None) or {}).get(site.nodes[0])
+        if self.rounding not in METHODS[1:] or "weight_bits" not in option.parameters:
+            return option
+        if seen is None or not seen.moments.size or "smooth" in option.parameters:
+            return option
+        named = replace(option, parameters={**option.parameters, "rounding": self.rounding})
+        operator = statistics.operators[site.nodes[0]]
+        # who shares a weight shares its codes
+        readers = [
+            statistics.inputs[name].moments
+            for name, other in statistics.operators.items()
+            if name in statistics.inputs
+            and (other.weight, other.flipped, other.group)
+            == (operator.weight, operator.flipped, operator.group)
+        ]
+        return round_alone(named, operator, program, np.sum(readers, axis=0))
 
     def _half(self, form: str, site: Site, program: Program, statistics: Any) -> Option | None:
         """float16 keeps more digits; bfloat16 is for weights that leave its range."""
@@ -292,6 +337,8 @@ class Quantize(Transform):
         )
 
 
+# Types and operators the codes of a width are written with.
+_STORED_OPSET = {4: 21, 3: 13, 2: 13}
 _OPERATORS = {"conv": "Conv", "matmul": "MatMul", "gemm": "Gemm"}
 
 
@@ -329,10 +376,17 @@ def _is_left(site: Site, program: Program) -> bool:
     return linear_of(site, _nodes(site, program)).left
 
 
-def _dividing_block(site: Site, program: Program, block: int) -> int | None:
-    """The largest block of at least 8 that divides the reduction, so that blocks need no padding."""
+def _stored_block(site: Site, program: Program, block: int) -> int | None:
+    """The block nearest to ``block`` that divides the reduction, so that blocks need no padding.
+
+    Smaller ones of at least 8 come first, then larger ones, at last the whole row. A table has one block a
+    row, of an even number of elements: two codes share a byte.
+    """
     nodes = _nodes(site, program)
     index, axis = weight_place(site, nodes)
     array = constant_array(nodes[site.nodes[0]].inputs[index])
     depth = 0 if array is None else array.size // array.shape[axis]
-    return next((b for b in range(block, 7, -1) if depth and depth % b == 0), None)
+    if site.kind == "embedding":
+        return depth if depth % 2 == 0 else None
+    sizes = (*range(block, 7, -1), *range(block + 1, depth + 1), depth)
+    return next(b for b in sizes if depth % b == 0) if depth else None

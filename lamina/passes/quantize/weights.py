@@ -25,6 +25,9 @@ _CHUNK = 1 << 18
 # Clipping ratios tried. Eight bits rarely want clipping except for outliers, which want a lot of it.
 _RATIOS_8 = np.array([1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3], np.float32)
 _RATIOS_4 = np.linspace(1.0, 0.55, 10, dtype=np.float32)
+_RATIOS_2 = np.linspace(1.0, 0.3, 15, dtype=np.float32)
+# Types of codes that have a zero point for each block.
+_UNSIGNED: dict[int, type] = {4: ml_dtypes.uint4, 2: ml_dtypes.uint2}
 # The smallest scale whose products with an activation's scale stay normal numbers.
 _TINY = np.float32(2.0**-60)
 
@@ -34,7 +37,7 @@ class QuantizedWeight:
     """A weight in integers.
 
     Attributes:
-        codes: int8, or uint4 (ml_dtypes), in the weight's own shape.
+        codes: int8, or uint4 or uint2 (ml_dtypes), in the weight's own shape.
         scale: float32; shape as the quantizer says.
         zero_point: Same type as codes and shape as scale, or None for 0.
     """
@@ -108,13 +111,14 @@ def quantize_blocks(
 ) -> QuantizedWeight:
     """Quantize a matrix ``[K, N]`` in blocks of ``block`` along K.
 
-    Eight bits are symmetric int8; four bits are uint4 with a zero point for each block: half a byte a block
-    more, and all 16 codes serve a block that lies to one side.
+    Eight bits are symmetric int8; four and two bits are unsigned with a zero point for each block: a code
+    more a block, and all codes serve a block that lies to one side.
 
     Returns:
         Codes ``[K, N]``; scales (and zero points) ``[ceil(K / block), N]``.
     """
     check_bits(bits, clipping)
+    kind = _UNSIGNED.get(bits, np.int8)
     depth, width = weight.shape
     count = -(-depth // block)
     padded = np.zeros((count * block, width), np.float32)
@@ -124,20 +128,75 @@ def quantize_blocks(
     zero = np.zeros(len(rows), np.int8)
     limit = 2 ** (bits - 1) - 1
     for part in _chunks(rows):
-        if bits == 4:
-            scale[part], zero[part] = _affine_scale(rows[part], clipping)
+        if kind != np.int8:
+            scale[part], zero[part] = _affine_scale(rows[part], clipping, 2**bits - 1)
             offset = zero[part, None]
-            codes[part] = np.clip(np.rint(rows[part] / scale[part, None]) + offset, 0, 15)
+            codes[part] = np.clip(np.rint(rows[part] / scale[part, None]) + offset, 0, 2**bits - 1)
         else:
             scale[part] = _symmetric_scale(rows[part], limit, clipping, bits)
             codes[part] = encode(rows[part], scale[part, None], limit)
-    kind = ml_dtypes.uint4 if bits == 4 else np.int8
     shaped = codes.reshape(count, width, block).transpose(0, 2, 1).reshape(-1, width)[:depth]
     return QuantizedWeight(
         np.ascontiguousarray(shaped).astype(kind),
         scale.reshape(count, width),
-        zero.reshape(count, width).astype(kind) if bits == 4 else None,
+        zero.reshape(count, width).astype(kind) if kind != np.int8 else None,
     )
+
+
+def quantize_offset(
+    rows: np.ndarray, *, block: int, bits: int, clipping: Clipping = "mse"
+) -> QuantizedWeight:
+    """Quantize rows ``[n, k]`` in blocks along k to codes ``0 .. 2^bits - 1`` about one real zero point.
+
+    The zero point is in the middle of the codes, ``(2^bits - 1) / 2``, which lays the levels evenly about 0
+    (at two bits a Gaussian block errs a third less than with a level at 0), or at a level, ``2^(bits-1)``,
+    where that errs less: weights with many zeros. Scales are numbers of float16 unless one does not fit it;
+    codes are the nearest for the scale as stored.
+
+    Returns:
+        uint8 codes ``[n, k]``; float32 scales ``[n, ceil(k / block)]``; float32 zero point ``[1, 1]``.
+    """
+    check_bits(bits, clipping)
+    count = -(-rows.shape[1] // block)
+    padded = np.zeros((len(rows), count * block), np.float32)
+    padded[:, : rows.shape[1]] = rows
+    blocks, top = padded.reshape(-1, block), 2**bits - 1
+    best: tuple[float, np.ndarray, np.ndarray, float] | None = None
+    for zero in (top / 2, 2.0 ** (bits - 1)):
+        scale = np.concatenate([_offset_scale(blocks[p], zero, top, clipping) for p in _chunks(blocks)])
+        scale = halves(scale)
+        codes = np.clip(np.rint(blocks / scale[:, None] + np.float32(zero)), 0, top)
+        error = float(np.square((codes - np.float32(zero)) * scale[:, None] - blocks).sum(dtype=np.float64))
+        if best is None or error < best[0]:
+            best = error, codes, scale, zero
+    assert best is not None
+    _, codes, scale, zero = best
+    shaped = np.ascontiguousarray(codes.reshape(len(rows), -1)[:, : rows.shape[1]].astype(np.uint8))
+    return QuantizedWeight(shaped, scale.reshape(len(rows), count), np.full((1, 1), zero, np.float32))
+
+
+def halves(scale: np.ndarray) -> np.ndarray:
+    """Scales rounded to float16, in float32, where all of them are normal numbers there."""
+    limits = np.finfo(np.float16)
+    fits = scale.size and scale.min() >= limits.tiny and scale.max() <= limits.max
+    return scale.astype(np.float16).astype(np.float32) if fits else scale
+
+
+def _offset_scale(rows: np.ndarray, zero: float, top: int, clipping: Clipping) -> np.ndarray:
+    """The scale of each row for codes ``0 .. top`` about ``zero``; a row of zeros gets the largest of all."""
+    below, above = -rows.min(axis=1, initial=0.0), rows.max(axis=1, initial=0.0)
+    bound = np.maximum(below / np.float32(zero), above / np.float32(top - zero))
+    widest = np.maximum(bound, _TINY).astype(np.float32)
+    best = widest.copy()
+    if clipping == "mse":
+        energy = np.einsum("ij,ij->i", rows, rows)
+        least = np.full(len(rows), np.inf, np.float32)
+        for ratio in _RATIOS_8 if top > 15 else _RATIOS_4 if top > 3 else _RATIOS_2:
+            exact = rows / (widest * ratio)[:, None] + np.float32(zero)
+            codes = np.clip(np.rint(exact), 0, top) - np.float32(zero)
+            _keep_better(rows, codes, energy, best, least)
+    # trap: a tiny scale would cost all the others their float16
+    return np.where(bound > 0, best, best.max(initial=_TINY)).astype(np.float32)
 
 
 def check_bits(bits: int, clipping: str) -> None:
@@ -188,29 +247,29 @@ def _keep_better(
     return better
 
 
-def _affine_scale(rows: np.ndarray, clipping: Clipping) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and zero point of each row for codes 0 to 15; zero is always represented exactly."""
+def _affine_scale(rows: np.ndarray, clipping: Clipping, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and zero point of each row for codes 0 to ``top``; zero is always represented exactly."""
     low = np.minimum(rows.min(axis=1), 0.0)
     high = np.maximum(rows.max(axis=1), 0.0)
     span = high - low
-    widest = np.where(span > 0, np.maximum(span / np.float32(15), _TINY), np.float32(1.0)).astype(np.float32)
-    zero = np.clip(np.rint(-low / widest), 0, 15).astype(np.float32)
+    widest = np.where(span > 0, np.maximum(span / np.float32(top), _TINY), np.float32(1.0)).astype(np.float32)
+    zero = np.clip(np.rint(-low / widest), 0, top).astype(np.float32)
     best, best_zero = widest.copy(), zero.copy()
     if clipping == "minmax":
         return best, best_zero.astype(np.int8)
     energy = np.einsum("ij,ij->i", rows, rows)
-    least = np.square(_affine_codes(rows, best, zero) * best[:, None] - rows).sum(axis=1)
-    for ratio in _RATIOS_4:
+    least = np.square(_affine_codes(rows, best, zero, top) * best[:, None] - rows).sum(axis=1)
+    for ratio in _RATIOS_4 if top > 3 else _RATIOS_2:
         scale = widest * ratio
         for shift in (-1.0, 0.0, 1.0):
-            moved = np.clip(zero + np.float32(shift), 0, 15)
-            better = _keep_better(rows, _affine_codes(rows, scale, moved), energy, best, least)
+            moved = np.clip(zero + np.float32(shift), 0, top)
+            better = _keep_better(rows, _affine_codes(rows, scale, moved, top), energy, best, least)
             best_zero[better] = moved[better]
     return np.maximum(best, _TINY), best_zero.astype(np.int8)
 
 
-def _affine_codes(rows: np.ndarray, scale: np.ndarray, zero: np.ndarray) -> np.ndarray:
+def _affine_codes(rows: np.ndarray, scale: np.ndarray, zero: np.ndarray, top: int) -> np.ndarray:
     """Codes minus zero point."""
     offset = zero[:, None]
-    codes: np.ndarray = np.clip(np.rint(rows / scale[:, None]) + offset, 0, 15) - offset
+    codes: np.ndarray = np.clip(np.rint(rows / scale[:, None]) + offset, 0, top) - offset
     return codes

@@ -1,0 +1,77 @@
+"""Round the weights of a finished plan against calibration data, and keep that only where it helps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lamina.backends.backend import run_of
+from lamina.errors import DataError, LaminaError
+from lamina.ir.program import Program
+from lamina.passes.quantize.rounding import round_options
+from lamina.planner.apply import apply_drops, apply_rest, removes
+from lamina.planner.builder import Builder, Finalist, Rounded
+from lamina.planner.realize import Realized
+from lamina.planner.request import Request
+from lamina.quality import evaluate, get_metric, reference_outputs
+
+# Share of the search's time that rounding one plan may take.
+_SHARE = 0.5
+
+
+def round_plan(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
+    """The finalist with codes that answer for each other, where that brings the outputs nearer.
+
+    Bytes and operators stay as they are. Judged is the divergence from the original on selection data: the
+    same weights in the same bits rarely move a metric that counts right answers.
+    """
+    genome, realized = finalist.candidate.genome, finalist.realized
+    moves = realized.plan.moves
+    if genome in builder.rounded or not any("weight_bits" in m.option.parameters for m in moves):
+        return finalist
+    start = time.perf_counter()
+    try:
+        made = _rounded(request, builder, realized)
+    except DataError:  # too little calibration data
+        return finalist
+    except LaminaError as error:  # a bug in rounding costs the rounding, not the run
+        builder.prepared.undone.append({"pass": "rounding", "where": "plan", "reason": error.what})
+        return finalist
+    count = sum("codes" in m.option.parameters for m in made.plan.moves)
+    if not count:
+        return finalist
+    before, after = _divergences(request, (realized.program, made.program))
+    kept = after < before
+    builder.rounded[genome] = Rounded(count, before, after, kept, time.perf_counter() - start)
+    if not kept:
+        return finalist
+    rounded = replace(finalist, realized=made)
+    builder.done[genome] = rounded
+    return rounded
+
+
+def _rounded(request: Request, builder: Builder, realized: Realized) -> Realized:
+    """The plan with other codes, applied and checked."""
+    moves = realized.plan.moves
+    rest = [m for m in moves if not removes(m)]
+    program = apply_drops(builder.prepared.folded.program, moves)
+    chosen = [(m.site, m.option) for m in rest]
+    options = round_options(program, chosen, request.splits.calibration, seconds=_SHARE * request.seconds)
+    renewed = [replace(m, option=o) for m, o in zip(rest, options, strict=True)]
+    final = tuple(m for m in moves if removes(m)) + tuple(renewed)
+    made = Realized(apply_rest(program, final), replace(realized.plan, moves=final))
+    builder.prepared.referee.check(made.program, "rounded weights", exact=False)
+    return made
+
+
+def _divergences(request: Request, programs: Sequence[Program]) -> list[float]:
+    """Divergence of finished programs from the original on the selection data."""
+    metric, data = get_metric(request.metric.divergence, request.program), request.splits.selection
+    original = request.backend.compile(request.program.model, request.draft).run
+    kept = reference_outputs(original, data)
+    found = []
+    for program in programs:
+        run = run_of(request.backend.compile(program.model, request.draft))
+        found.append(metric.score(evaluate(run, data, metric, reference_run=kept)))
+    return found

@@ -1,0 +1,64 @@
+"""Plans with integer weights are rounded against data at the end: whole runs on random residual MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from stacked_model import stacked
+from tiny import shorten_timing
+
+import lamina
+from lamina.ir.program import Program
+from lamina.planner.plan import Plan
+from lamina.report.terminal import result_tables
+
+_WIDTH = 96  # wide enough that weights, not nodes, are what a file holds
+
+
+def _program() -> Program:
+    return stacked(2, _WIDTH)
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Iterator[lamina.Result]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAMINA_CACHE", str(tmp_path_factory.getbasetemp() / "lamina-cache"))
+        shorten_timing(patch)
+        x = np.random.default_rng(1).normal(size=(240, 6, _WIDTH)).astype(np.float32)
+        yield lamina.optimize(
+            _program().model,
+            "size<=0.35x",
+            data={"x": x},
+            transforms=["quantize"],
+            target="ort:cpu?threads=1",
+            workload="1x6",
+            seconds=4,
+            seed=0,
+        )
+
+
+def test_a_plan_is_rounded_where_that_brings_the_outputs_nearer(quantized: lamina.Result) -> None:
+    told = quantized.evidence["rounding"]
+    assert told["kept"]
+    assert told["after"] < told["before"]
+    carried = [m for m in quantized.plan.moves if "codes" in m.option.parameters]
+    assert len(carried) == told["operators"] > 0
+
+
+def test_the_plan_reproduces_the_rounded_program(quantized: lamina.Result) -> None:
+    again = lamina.apply(_program().model, Plan.from_json(quantized.plan.to_json()))
+    made: list[Any] = [ir.to_proto(p.model) for p in (again, quantized.program)]
+    assert made[0].SerializeToString(deterministic=True) == made[1].SerializeToString(deterministic=True)
+
+
+def test_the_terminal_says_what_was_rounded(
+    quantized: lamina.Result, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = quantized.evidence["rounding"]
+    result_tables(quantized.evidence, ["out/model.onnx"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"rounding kept: {told['operators']} operators, divergence on selection data" in text

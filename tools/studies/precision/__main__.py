@@ -1,0 +1,174 @@
+"""Damage against size of weight-only quantization, uniform over a model, beside ONNX Runtime's quantizers.
+
+    python -m tools.studies.precision --out FILE [--models kwt1 minilm] [--schemes "stored-w4 descent"]
+
+For each model and scheme: bytes, divergence from the original's outputs on report data, the task's metric
+there, CPU seconds. Results go into FILE (JSON) one by one; what it has is kept. One thread. Reads
+../shared/data (or $LAMINA_REFERENCE).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+
+from lamina.data import Dataset
+from lamina.data.splitting import load_data
+from lamina.ir.capture import capture
+from lamina.ir.io import serialized_size
+from lamina.ir.program import Program
+from lamina.passes.fold import fold
+from lamina.quality import Run, evaluate, get_metric
+from tools.bench.cases import CASES
+from tools.studies.precision.schemes import SCHEMES
+
+MODELS = ("resnet56", "mobilenet", "kwt1", "stories260k", "minilm")
+Row = dict[str, Any]
+# Report samples (of minilm: pairs), and tokens of each story.
+_REPORT = {"resnet56": 1000, "mobilenet": 300, "kwt1": 1200, "stories260k": 96, "minilm": 300}
+_TOKENS = 128
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure what is missing and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--schemes", nargs="*", choices=list(SCHEMES), default=list(SCHEMES))
+    options = parser.parse_args(arguments)
+    rows: list[Row] = json.loads(options.out.read_text()) if options.out.exists() else []
+    for name in options.models:
+        done = {r["scheme"] for r in rows if r["model"] == name}
+        missing = [s for s in options.schemes if s not in done]
+        if missing:
+            for row in measure(name, missing):
+                if row["scheme"] in done:
+                    continue
+                rows.append(row)
+                options.out.write_text(json.dumps(rows, indent=1))
+                print(_line(row), flush=True)
+    print(summary(rows))
+
+
+def measure(name: str, schemes: list[str]) -> Iterator[Row]:
+    """One row a scheme, and one of the original."""
+    captured, calibration, report, metric = load(name)
+    program = fold(captured)[0]
+    divergence, task = get_metric(None, program), get_metric(metric, program)
+    plain = runner(ir.to_proto(program.model))
+
+    def judge(model: onnx.ModelProto) -> Row:
+        run = runner(model)
+        apart = divergence.score(evaluate(run, report, divergence, reference_run=plain))
+        return {"divergence": float(apart), "metric": task.score(evaluate(run, report, task))}
+
+    base = {"model": name, "scheme": "original", "whose": "", "bits": 32}
+    yield {
+        **base,
+        **judge(ir.to_proto(program.model)),
+        "bytes": serialized_size(program.model),
+        "seconds": 0.0,
+    }
+    for scheme in schemes:
+        bits, whose, make = SCHEMES[scheme]
+        start = time.process_time()
+        row = {"model": name, "scheme": scheme, "whose": whose, "bits": bits}
+        try:
+            model = make(program, calibration)
+            seconds = time.process_time() - start
+            row |= {**judge(model), "bytes": model.ByteSize(), "seconds": seconds}
+        except Exception as error:  # a peer's failure is a result
+            row["error"] = f"{type(error).__name__}: {error}"[:200]
+        yield row
+
+
+def load(name: str) -> tuple[Program, Dataset, Dataset, str]:
+    """The model, its calibration and report data, and its task's metric."""
+    case = next(c for c in CASES if c.name == name)
+    program, parts = capture(case.path), case.load()
+    data = []
+    for part, rows in (("calibration", 256), ("report", _REPORT[name])):
+        arrays = parts[part]
+        if name == "stories260k":
+            arrays = {k: v[:, :_TOKENS] for k, v in arrays.items()}
+        found = load_data(arrays, program, batch_size=16)
+        places = np.linspace(0, found.samples - 1, min(rows, found.samples)).astype(np.int64)
+        data.append(found.rows(places))
+    return program, data[0], data[1], case.metric
+
+
+def runner(model: onnx.ModelProto) -> Run:
+    """The model in ONNX Runtime as a user runs it, but for products of few-bit weights: in float.
+
+    By itself MatMulNBits rounds activations to 8 bits, of ours and of the peers alike; what is compared here
+    is what the weights lose.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = [o.name for o in session.get_outputs()]
+
+    def run(feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+
+    return run
+
+
+def summary(rows: list[Row]) -> str:
+    """Remaining damage of each of our schemes over the best peer's of its width, and the geometric mean.
+
+    A peer counts where its file is at least as large as ours: the comparison is at equal or smaller size.
+    """
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    lines = [f"{'scheme':20s}" + "".join(f"{m:>13s}" for m in models) + f"{'mean':>9s}"]
+    for scheme, (bits, whose, _) in SCHEMES.items():
+        if whose != "lamina":
+            continue
+        ratios = [_over_best_peer(rows, m, scheme, bits) for m in models]
+        known = [r for r in ratios if r is not None]
+        mean = f"{np.exp(np.mean(np.log(known))):9.2f}" if known else ""
+        cells = "".join(f"{'-' if r is None else f'{r:.2f}':>13s}" for r in ratios)
+        lines.append(f"{scheme:20s}{cells}{mean}")
+    return "\n".join(lines)
+
+
+def _over_best_peer(rows: list[Row], model: str, scheme: str, bits: int) -> float | None:
+    of = {r["scheme"]: r for r in rows if r["model"] == model and "error" not in r}
+    ours = of.get(scheme)
+    if ours is None:
+        return None
+    # nothing quantized is no competitor at this width
+    most = 0.9 * of["original"]["bytes"]
+    peers = [
+        r["divergence"]
+        for r in of.values()
+        if r["whose"] == "peer" and r["bits"] == bits and 0.999 * ours["bytes"] <= r["bytes"] < most
+    ]
+    return ours["divergence"] / min(peers) if peers else None
+
+
+def _line(row: Row) -> str:
+    head = f"{row['model']:12s} {row['scheme']:22s}"
+    if "error" in row:
+        return f"{head} {row['error']}"
+    return (
+        f"{head} {row['bytes'] / 1e6:8.3f} MB  divergence {row['divergence']:.3e}  "
+        f"metric {row['metric']:.4f}  {row['seconds']:6.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
