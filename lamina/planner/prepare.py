@@ -27,7 +27,7 @@ from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs, shared_costs
-from lamina.planner.realize import Realized, realize, statistics_of
+from lamina.planner.realize import LOOKS, Realized, realize, statistics_of
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.shortlist import single_damages
