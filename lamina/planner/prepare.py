@@ -100,6 +100,7 @@ def prepare(
             calibration_rows(request),
             ranges=wanted,
             needs=statistics_of(t.name for t in transforms),
+            looks=LOOKS,
             progress=lambda done, total: progress.update("analyze", done, total),
         )
         for transform in transforms:
