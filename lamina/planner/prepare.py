@@ -29,7 +29,7 @@ from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
 from lamina.planner.prices import Prices
 from lamina.planner.pricing import build_costs, shared_costs
-from lamina.planner.realize import Realized, realize, statistics_of
+from lamina.planner.realize import LOOKS, Realized, realize, statistics_of
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.shortlist import single_damages
@@ -102,6 +102,7 @@ def prepare(
             calibration_rows(request),
             ranges=wanted,
             needs=statistics_of(t.name for t in transforms),
+            looks=LOOKS,
             progress=lambda done, total: progress.update("analyze", done, total),
         )
         for transform in transforms:

@@ -31,6 +31,7 @@ from lamina.passes.pass_ import Site
 from lamina.passes.quantize import Quantize
 from lamina.planner.apply import apply_moves
 from lamina.planner.plan import Move
+from lamina.planner.realize import LOOKS
 from tools.bench import peers
 from tools.bench.cases import CASES, Case
 
@@ -65,7 +66,7 @@ def statistics(case: Case, forms: tuple[str, ...] = ()) -> Statistics:
     sites = [s for s in Quantize().sites(program) if isinstance(s, Site) and s.kind != "embedding"]
     names = [n for s in sites for n in (*s.inputs, *s.outputs)]
     data = Dataset(samples(case)[0], {}, min(16, case.batch_size))
-    return collect(program, data, ranges=names, needs=(Need.VECTORS,), threads=1)
+    return collect(program, data, ranges=names, needs=(Need.VECTORS,), looks=LOOKS, threads=1)
 
 
 def ours(form: str, forms: tuple[str, ...] = (), **options: Any) -> Callable[[Case, Path], Path]:
