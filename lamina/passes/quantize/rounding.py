@@ -266,9 +266,11 @@ def _moments(
             count = max(1, max(how.vectors, 4 * width) * len(batch) // total)
             x, x0 = (_vectors(v[name], item.operator, batch, count, how) for v in (real, should))
             shape = x.shape[1:]
-            seen = sums.setdefault(
-                key, _Seen(*(np.zeros((*shape, shape[1])) for _ in range(2)), np.zeros(shape))
-            )
+            if key not in sums:
+                group, wide = x.shape[1:]
+                empty = np.zeros((group, wide, wide))
+                sums[key] = _Seen(empty, empty.copy(), np.zeros((group, wide)))
+            seen = sums[key]
             # [g, k, n] @ [g, n, k]
             seen.square += x.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
             seen.cross += x0.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
