@@ -265,7 +265,6 @@ def _moments(
             width = to_rows(_array(original, item), item.axis).shape[1]
             count = max(1, max(how.vectors, 4 * width) * len(batch) // total)
             x, x0 = (_vectors(v[name], item.operator, batch, count, how) for v in (real, should))
-            shape = x.shape[1:]
             if key not in sums:
                 group, wide = x.shape[1:]
                 empty = np.zeros((group, wide, wide))
