@@ -6,6 +6,7 @@ import argparse
 import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ import pytest
 from stacked_model import WIDTH, stacked
 
 from lamina.data import Dataset
+from lamina.ir.branches import find_branches
+from lamina.passes.drop_branch import apply_drops
 from lamina.quality import get_metric
 from tools.bench.cases import Case
 from tools.studies.depth import neurons
+from tools.studies.depth.flatten import trials
 from tools.studies.depth.page import summary, svg, tables
 from tools.studies.depth.repair import Order, Rows, drops
 from tools.studies.depth.scoring import Judge, Study, by_length, short
@@ -171,3 +175,15 @@ def test_every_way_to_narrow_is_scored_and_shown(study: Study, monkeypatch: pyte
         assert rows["transport"]["divergence"] < rows["transport-exact"]["divergence"]
     assert all(row["divergence"] > 0 for row in found["rows"])
     assert len(list(neurons.table(found))) == 5 + len(found["rows"])
+
+
+def test_flattening_is_tried_on_every_pair_beside_the_drop_of_either_block(study: Study) -> None:
+    found = list(trials(study.program))
+    blocks = [b.name for b in find_branches(study.program).blocks]
+    assert [t.where for t in found] == [f"{a}+{b}" for a, b in pairwise(blocks)]
+    assert {t.way for t in found} == {"flatten"}
+    for trial in found:
+        changed = trial.make(study.program)
+        dropped = [apply_drops(study.program, names) for names in trial.drops]
+        # a dropped last sum leaves an Identity with the name of the output
+        assert min(len(list(d.graph)) for d in dropped) == len(list(changed.graph))

@@ -22,9 +22,9 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 
-# Those a search uses only when they are named. share: what it saves drop saves too, for about as much damage,
-# and time with it; storing weights in fewer bits saves more for less (docs/depth.md, "Sharing").
-ON_REQUEST = frozenset({"share"})
+# Those a search uses only when they are named: so far none was seen to gain what the others do not gain for
+# less (docs/depth.md), and each costs the search time.
+ON_REQUEST = frozenset({"share", "flatten-blocks", "parallel-layers", "iterative-feature-merging"})
 
 
 def transform_names() -> tuple[str, ...]:

@@ -234,7 +234,9 @@ class Prices:
     ) -> dict[str, np.ndarray]:
         """What the sites of one case's jobs read when the program runs on its feeds."""
         wanted: dict[str, None] = {}
-        for site in {job.site.name: job.site for job in todo if job.case == case}.values():
+        jobs = [job for job in todo if job.case == case]
+        # trap: sites of two transforms may have one name and not the same nodes
+        for site in {(job.site.transform, job.site.name): job.site for job in jobs}.values():
             wanted.update(dict.fromkeys(extractor.extract(site, observed[case]).sources.values()))
         return capture(extractor.program, list(wanted), feeds[case])
 
