@@ -93,7 +93,8 @@ def coded(weight: ir.Value, parameters: Mapping[str, Any], axis: int) -> Coded:
         made: Coded = quantized(weight, name, lambda array: nearest(array, parameters, axis, name))
         return made
     given = parameters["codes"]
-    told = f"{form_name(parameters, axis)} {given['base64']} {given['scale']}"
+    # trap: a plan that was read has its keys in another order
+    told = f"{form_name(parameters, axis)} {given['base64']} {given['scale']['base64']}"
     # short: it is in the names of what is written
     name = hashlib.sha256(told.encode()).hexdigest()[:8]
     found: Coded = quantized(weight, name, lambda array: _carried(array, parameters, axis, name))

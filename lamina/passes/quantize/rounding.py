@@ -266,9 +266,9 @@ def _moments(
             count = max(1, max(how.vectors, 4 * width) * len(batch) // total)
             x, x0 = (_vectors(v[name], item.operator, batch, count, how) for v in (real, should))
             if key not in sums:
-                shape = x.shape[1:]
-                square, cross = np.zeros((*shape, shape[1])), np.zeros((*shape, shape[1]))
-                sums[key] = _Seen(square, cross, np.zeros(shape))
+                group, wide = x.shape[1:]
+                empty = np.zeros((group, wide, wide))
+                sums[key] = _Seen(empty, empty.copy(), np.zeros((group, wide)))
             seen = sums[key]
             # [g, k, n] @ [g, n, k]
             seen.square += x.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
