@@ -34,6 +34,8 @@ RULES: tuple[Rule, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, "log")
 # The squared error has to fall below this share: a multiplication more must pay, and errors of one operator
 # that fell by less made the whole of stories260k no better (docs/precision.md).
 _WORTH = 0.5
+# How many rules are judged with the range as it will be.
+_FINALISTS = 2
 # Scales span at most 2^12 to each side of their geometric mean.
 _LARGEST = 12
 
@@ -151,9 +153,9 @@ def _choose(
     wanted = [x @ w for w in columns]
     extremes = np.stack([stat.lows[0], stat.highs[0]]).astype(np.float32)
 
-    def judge(exponents: np.ndarray) -> tuple[float, float, int]:
+    def judge(exponents: np.ndarray, method: str | None) -> tuple[float, float, int]:
         factor = np.exp2(exponents).astype(np.float32)
-        scale, zero = _range(x / factor, extremes / factor, ranges)
+        scale, zero = _range(x / factor, extremes / factor, method)
         codes = np.clip(np.rint(x / (factor * np.float32(scale))) + zero, 0, 255) - zero
         error = 0.0
         for w, y in zip(columns, wanted, strict=True):
@@ -162,16 +164,16 @@ def _choose(
             error += float(np.square(got - y).sum() / max(float(np.square(y).sum()), 1e-30))
         return error, scale, zero
 
-    plain = judge(np.zeros(len(peaks), np.int64))[0]
+    # The whole range says which rules are worth a search of the range, which costs more than all else here.
+    found = {rule: scales(rule, peaks, weights) for rule in rules}
+    ranked = sorted((r for r in found if found[r].any()), key=lambda r: judge(found[r], None)[0])
+    plain = judge(np.zeros(len(peaks), np.int64), ranges)[0]
     best: Smoothing | None = None
-    for rule in rules:
-        exponents = scales(rule, peaks, weights)
-        if not exponents.any():
-            continue
-        error, scale, zero = judge(exponents)
+    for rule in ranked[:_FINALISTS]:
+        error, scale, zero = judge(found[rule], ranges)
         share = error / max(plain, 1e-30)
         if share < (_WORTH if best is None else best.error):
-            best = Smoothing(tuple(int(e) for e in exponents), rule, scale, zero, share)
+            best = Smoothing(tuple(int(e) for e in found[rule]), rule, scale, zero, share)
     return best
 
 
