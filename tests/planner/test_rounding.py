@@ -49,6 +49,21 @@ def test_a_plan_is_rounded_where_that_brings_the_outputs_nearer(quantized: lamin
     assert len(carried) == told["operators"] > 0
 
 
+def test_without_data_weights_keep_their_nearest_codes(quantized: lamina.Result) -> None:
+    assert quantized.evidence["rounding"] is not None
+    made_up = lamina.optimize(
+        _program().model,
+        "size<=0.35x",
+        transforms=["quantize"],
+        target="ort:cpu?threads=1",
+        workload="1x6",
+        seconds=4,
+    )
+    assert made_up.evidence["rounding"] is None
+    assert any("weight_bits" in m.option.parameters for m in made_up.plan.moves)
+    assert not any("codes" in m.option.parameters for m in made_up.plan.moves)
+
+
 def test_the_plan_reproduces_the_rounded_program(quantized: lamina.Result) -> None:
     again = lamina.apply(_program().model, Plan.from_json(quantized.plan.to_json()))
     made: list[Any] = [ir.to_proto(p.model) for p in (again, quantized.program)]
