@@ -134,8 +134,11 @@ def choose_smoothing(
     if stat is None or stat.kept.shape[1] != 1 or not len(stat.kept):
         return None
     known, key = _CHOSEN.setdefault(program.model, {}), (name, tuple(rules), bits, ranges)
+    # vectors are a part of the data: all of it reaches this much further
+    whole, looked = statistics.ranges.get(name), max(-stat.minimum, stat.maximum)
+    beyond = 1.0 if whole is None or not looked else max(1.0, max(-whole.minimum, whole.maximum) / looked)
     if key not in known or known[key][0]() is not stat:
-        known[key] = weakref.ref(stat), _choose([r for _, r in readers], stat, rules, bits, ranges)
+        known[key] = weakref.ref(stat), _choose([r for _, r in readers], stat, rules, bits, ranges, beyond)
     return known[key][1]
 
 
@@ -145,13 +148,14 @@ def _choose(
     rules: Sequence[Rule],
     bits: int,
     ranges: str | None,
+    beyond: float,
 ) -> Smoothing | None:
     x, peaks = stat.kept[:, 0], np.maximum(-stat.lows[0], stat.highs[0])
     whole = [product.columns() for product in readers]
     weights = np.max([np.abs(w).max(axis=1) for w in whole], axis=0)
     columns = [w[:, evenly(_JUDGED, w.shape[1])].astype(np.float32) for w in whole]
     wanted = [x @ w for w in columns]
-    extremes = np.stack([stat.lows[0], stat.highs[0]]).astype(np.float32)
+    extremes = (np.stack([stat.lows[0], stat.highs[0]]) * beyond).astype(np.float32)
 
     def judge(exponents: np.ndarray, method: str | None) -> tuple[float, float, int]:
         factor = np.exp2(exponents).astype(np.float32)
