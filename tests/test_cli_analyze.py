@@ -124,7 +124,7 @@ def test_a_classifier_with_labels_gets_its_metric(tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     assert "--metric top1" in out
     assert "has no residual branch" in out
-    assert "--transforms quantize" in out
+    assert "--transforms merge-neurons-ot,quantize" in out
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ class _Scene:
             draft=TARGET,
             program=self.program,
             workload=parse_workload("1x6", self.program, splits.selection),
+            not_slower=False,
+            synthetic_data=False,
         )
         self.forgotten: list[Any] = []
         self.builder: Any = SimpleNamespace(

@@ -174,7 +174,7 @@ class Quantize(Transform):
                 continue
             option = self._option(form, site, program, statistics, self._weight_bits(form, target))
             if option is not None:
-                found.append(self._rounded(option, site, program, statistics))
+                found.append(_placed(self._rounded(option, site, program, statistics), site, program))
         return tuple(found)
 
     def emit(
@@ -201,7 +201,8 @@ class Quantize(Transform):
         assert made is not None
         for new, known in zip(made.outputs, given, strict=True):
             new.dtype, new.shape = FLOAT, known.shape
-        return [new for new, known in zip(made.outputs, given, strict=True) if known.name in site.outputs]
+        # trap: not by name, for what the interface hands out may have been given another
+        return [made.outputs[place] for place in option.parameters["outputs"]]
 
     def _offered(self, form: str, site: Site, kernels: Mapping[str, Any] | None) -> bool:
         if form == "w8a8-dynamic" and site.kind == "conv" and not self.dynamic_conv:
@@ -351,6 +352,15 @@ def _capabilities(target: Any) -> Mapping[str, Any] | None:
 
     parsed = Target.parse(target)
     return get_backend(parsed).capabilities(parsed)
+
+
+def _placed(option: Option, site: Site, program: Program) -> Option:
+    """The option, saying which outputs of a recurrent operator are read."""
+    if site.kind != "recurrent":
+        return option
+    outputs = _nodes(site, program)[site.nodes[0]].outputs
+    places = [i for i, value in enumerate(outputs) if value.name in site.outputs]
+    return replace(option, parameters={**option.parameters, "outputs": places})
 
 
 def _nodes(site: Site, program: Program) -> dict[str, ir.Node]:

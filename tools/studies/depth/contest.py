@@ -214,9 +214,10 @@ def contest(ready: Ready, options: argparse.Namespace, tell: Tell) -> Iterator[d
     mended: dict[Genome, Finalist] = {}
     patient = replace(ready.request, seconds=options.mend / MEND_SHARE)
     mixes = [found[MIX] for _, _, found in levels]
+    still = Goal("latency")  # no paths, which would take time: plans are compared at equal latency
     ordered = sorted(unique.values(), key=lambda f: (f not in mixes, f.candidate.score.damage))
     for finalist in ordered if options.mend else ():  # the planner's first, then the least damaging
-        mended[finalist.candidate.genome] = mend(patient, ready.builder, finalist)
+        mended[finalist.candidate.genome] = mend(patient, ready.builder, finalist, still)
         tell(f"{ready.case.name}: compensated {len(mended)} of {len(unique)}")
         yield _scored(ready, levels, latency, mended)
 
