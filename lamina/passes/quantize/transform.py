@@ -16,14 +16,13 @@ from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Effect, Form, Lossy, Need, Option, Refusal, Site, Transform
 from lamina.passes.quantize import carriers, dynamic, float16, static, weight_only
-from lamina.passes.quantize.activations import activation_range, shares_mean, value_named
+from lamina.passes.quantize.activations import activation_range, shares_mean
 from lamina.passes.quantize.bias_correction import bias_shift
-from lamina.passes.quantize.graph import FLOAT, constant_array
-from lamina.passes.quantize.linear import linear_of
+from lamina.passes.quantize.graph import FLOAT
+from lamina.passes.quantize.places import is_left, nodes_of, placed, stored_block, weights_of
 from lamina.passes.quantize.rounding import METHODS, round_alone
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
 from lamina.passes.quantize.smoothing import RULES, Rule, Smoothing, check_rules, choose_smoothing
-from lamina.passes.quantize.weight_only import weight_place, weight_places
 from lamina.passes.quantize.weights import CLIPPINGS, Clipping
 
 FORMS = (
@@ -174,7 +173,7 @@ class Quantize(Transform):
                 continue
             option = self._option(form, site, program, statistics, self._weight_bits(form, target))
             if option is not None:
-                found.append(_placed(self._rounded(option, site, program, statistics), site, program))
+                found.append(placed(self._rounded(option, site, program, statistics), site, program))
         return tuple(found)
 
     def emit(
@@ -243,10 +242,10 @@ class Quantize(Transform):
         width = int(form[-1])
         parameters: dict[str, Any] = {"weight_bits": width, "clipping": self.clipping}
         if form in _BLOCKS:
-            if _is_left(site, program):
+            if is_left(site, program):
                 return None
             return Option(form, {**parameters, "block": self.block, "opset": 25 if width == 2 else 21})
-        block = _stored_block(site, program, self.block)
+        block = stored_block(site, program, self.block)
         if block is None:
             return None
         # a zero point a block is an eighth of a bit: four bits gain more by it, fewer lose a level
@@ -277,7 +276,7 @@ class Quantize(Transform):
 
     def _half(self, form: str, site: Site, program: Program, statistics: Any) -> Option | None:
         """float16 keeps more digits; bfloat16 is for weights that leave its range."""
-        fits = all(float16.fits_float16(array) for array in _weights(site, program))
+        fits = all(float16.fits_float16(array) for array in weights_of(site, program))
         if form == "bfloat16":
             return None if fits and "float16" in self.forms else Option(form)
         if form == "float16-compute":
@@ -287,7 +286,7 @@ class Quantize(Transform):
     def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""
         balance = "none"
-        if site.kind == "conv" and math.prod(_weights(site, program)[0].shape[2:]) > 1:
+        if site.kind == "conv" and math.prod(weights_of(site, program)[0].shape[2:]) > 1:
             balance = "kernel"
         elif site.kind in ("conv", *_LINEAR) and shares_mean(program, site.inputs[0], statistics):
             balance = "row"
@@ -296,7 +295,7 @@ class Quantize(Transform):
     def _smoothing(
         self, site: Site, program: Program, statistics: Any, bits: int, ranges: str | None
     ) -> Smoothing | None:
-        if not self.smoothing or site.kind not in _LINEAR or _is_left(site, program):
+        if not self.smoothing or site.kind not in _LINEAR or is_left(site, program):
             return None
         return choose_smoothing(
             program, site.inputs[0], statistics, rules=self.smoothing, bits=bits, ranges=ranges
@@ -306,7 +305,7 @@ class Quantize(Transform):
         self, parameters: dict[str, Any], site: Site, program: Program, statistics: Any
     ) -> dict[str, Any]:
         if self.correct_bias:
-            shift = bias_shift(site, _nodes(site, program), statistics, parameters)
+            shift = bias_shift(site, nodes_of(site, program), statistics, parameters)
             if shift is not None:
                 return {**parameters, "bias_shift": shift}
         return parameters
@@ -352,51 +351,3 @@ def _capabilities(target: Any) -> Mapping[str, Any] | None:
 
     parsed = Target.parse(target)
     return get_backend(parsed).capabilities(parsed)
-
-
-def _placed(option: Option, site: Site, program: Program) -> Option:
-    """The option, saying which outputs of a recurrent operator are read."""
-    if site.kind != "recurrent":
-        return option
-    outputs = _nodes(site, program)[site.nodes[0]].outputs
-    places = [i for i, value in enumerate(outputs) if value.name in site.outputs]
-    return replace(option, parameters={**option.parameters, "outputs": places})
-
-
-def _nodes(site: Site, program: Program) -> dict[str, ir.Node]:
-    last = value_named(program, site.outputs[0])
-    node = None if last is None else last.producer()
-    if node is None:
-        raise PassError(f"site '{site.name}' is not in the program", advice="ask for sites() of this program")
-    found = {node.name or "": node}
-    if len(site.nodes) > 1:
-        makers = [v.producer() for v in node.inputs if v is not None]
-        found[site.nodes[0]] = next(m for m in makers if m is not None and m.name == site.nodes[0])
-    return found
-
-
-def _weights(site: Site, program: Program) -> list[np.ndarray]:
-    nodes = _nodes(site, program)
-    node = nodes[site.nodes[0]]
-    arrays = [constant_array(node.inputs[index]) for index, _ in weight_places(site, nodes)]
-    return [array for array in arrays if array is not None]
-
-
-def _is_left(site: Site, program: Program) -> bool:
-    return linear_of(site, _nodes(site, program)).left
-
-
-def _stored_block(site: Site, program: Program, block: int) -> int | None:
-    """The block nearest to ``block`` that divides the reduction, so that blocks need no padding.
-
-    Smaller ones of at least 8 come first, then larger ones, at last the whole row. A table has one block a
-    row, of an even number of elements: two codes share a byte.
-    """
-    nodes = _nodes(site, program)
-    index, axis = weight_place(site, nodes)
-    array = constant_array(nodes[site.nodes[0]].inputs[index])
-    depth = 0 if array is None else array.size // array.shape[axis]
-    if site.kind == "embedding":
-        return depth if depth % 2 == 0 else None
-    sizes = (*range(block, 7, -1), *range(block + 1, depth + 1), depth)
-    return next(b for b in sizes if depth % b == 0) if depth else None
