@@ -6,6 +6,9 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+# Young objects that take a collection tens of milliseconds.
+_MANY = 100_000
+
 
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
@@ -20,7 +23,8 @@ def collector_paused() -> Iterator[None]:
         yield
     finally:
         if was:
-            if not gc.get_freeze_count():  # what somebody froze stays frozen
+            # What somebody froze stays frozen; asking walks over all of it, which few objects are not worth.
+            if gc.get_count()[0] > _MANY and not gc.get_freeze_count():
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()

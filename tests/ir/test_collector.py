@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
-from lamina.ir.collector import collector_paused
+from lamina.ir.collector import _MANY, collector_paused
 
 
 class _Knot:
@@ -28,11 +28,21 @@ def test_what_is_frozen_stays_frozen() -> None:
     try:
         count = gc.get_freeze_count()
         with collector_paused():
-            made = _Knot()
+            made = [_Knot() for _ in range(_MANY + 1)]
         assert gc.get_freeze_count() == count
-        assert made.me is made
+        assert made[0].me is made[0]
     finally:
         gc.unfreeze()
+
+
+def test_garbage_among_many_young_objects_is_found_later() -> None:
+    with collector_paused():
+        made = [_Knot() for _ in range(_MANY + 1)]
+        seen = weakref.ref(made[-1])
+        del made
+    assert gc.isenabled()
+    gc.collect()
+    assert seen() is None
 
 
 def test_a_collector_that_was_off_stays_off() -> None:
