@@ -43,6 +43,19 @@ def test_a_truth_that_is_another_function_says_nothing() -> None:
     assert near_truth(WANT, np.full_like(WANT, np.inf), TRUE, FLOAT, 4.0) is None
 
 
+def test_where_the_original_overflowed_only_what_the_truth_rounds_to_is_near() -> None:
+    true = TRUE.copy()
+    true[1, 2] = -6e38
+    want = WANT.copy()
+    want[1, 2] = np.nan
+    for given, near in ((-np.inf, True), (np.inf, None), (np.nan, None), (-3e38, None)):
+        have = WANT.copy()
+        have[1, 2] = given
+        assert near_truth(want, have, true, FLOAT, 4.0) is near
+    have[1, 2], have[0, 0] = -np.inf, have[0, 0] + 1
+    assert near_truth(want, have, true, FLOAT, 4.0) is False
+
+
 def test_the_float64_run_is_closer_than_float32_allows() -> None:
     model = mlp()
     feeds = {"x": np.random.default_rng(1).standard_normal((3, 8)).astype(np.float32)}
