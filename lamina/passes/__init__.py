@@ -14,11 +14,11 @@ TRANSFORMS: tuple[tuple[str, str], ...] = (
     ("drop", "lamina.passes.drop_branch:DropBranch"),
     ("direct-matching", "lamina.passes.replace_branch:ReplaceBranch"),
     ("merge-conv-chain", "lamina.passes.merge_conv_chain:MergeConvChain"),
-    ("share", "lamina.passes.share:Share"),
-    ("flatten-blocks", "lamina.passes.flatten_blocks:FlattenBlocks"),
-    ("parallel-layers", "lamina.passes.parallel_layers:ParallelLayers"),
-    ("merge-neurons-ot", "lamina.passes.merge_neurons_ot:MergeNeuronsOt"),
-    ("iterative-feature-merging", "lamina.passes.iterative_feature_merging:IterativeFeatureMerging"),
+    ("share", "lamina.passes.sharing.share:Share"),
+    ("flatten-blocks", "lamina.passes.joining.flatten_blocks:FlattenBlocks"),
+    ("parallel-layers", "lamina.passes.joining.parallel_layers:ParallelLayers"),
+    ("merge-neurons-ot", "lamina.passes.neurons.merge_neurons_ot:MergeNeuronsOt"),
+    ("iterative-feature-merging", "lamina.passes.neurons.iterative_feature_merging:IterativeFeatureMerging"),
     ("quantize", "lamina.passes.quantize:Quantize"),
 )
 

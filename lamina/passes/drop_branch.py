@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -83,6 +83,10 @@ class DropBranch(Transform):
             skip if name == stream.name and stream is not add.outputs[0] else _normalize(add, skip, rewriter)
             for name in site.outputs
         ]
+
+    def sum_after(self, site: Site, names: Collection[str]) -> str | None:
+        """The skip."""
+        return site.inputs[0]
 
     def finish(self, site: Site, rewriter: Rewriter) -> None:
         """Take the dropped branch's nodes out and, with them, its cache inputs and outputs.

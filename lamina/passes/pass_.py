@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -139,6 +139,18 @@ class Transform:
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Every site of ``program``; reads only."""
         raise NotImplementedError
+
+    def sum_after(self, site: Site, names: Collection[str]) -> str | None:
+        """The value that stands where the site's one output was, a sum of residual branches.
+
+        Args:
+            site: A site of one output whose option was taken.
+            names: Values of the changed program.
+
+        Returns:
+            Its name; None where the output is no such sum, or is there itself.
+        """
+        return None
 
     def collect(self, program: Program, dataset: Dataset, statistics: Any) -> Any:
         """The statistics with what the options need beyond ranges, from calibration samples."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -147,6 +147,11 @@ class ReplaceBranch(Transform):
         made = op("Add", made, weight("bias"), part="bias")
         made.shape = total.shape
         return [made]
+
+    def sum_after(self, site: Site, names: Collection[str]) -> str | None:
+        """What the map gives; the skip where it was folded into the weights in front."""
+        made = f"{site.nodes[-1]}_matched_bias_out"
+        return made if made in names else site.inputs[0]
 
     def finish(self, site: Site, rewriter: Rewriter) -> None:
         """Take the branch out as a drop does, and fold what of the map folds exactly."""

@@ -8,11 +8,8 @@ from dataclasses import replace
 
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
+from lamina.passes import get_transform
 from lamina.passes.compensate import compensate
-from lamina.passes.drop_branch import DropBranch
-from lamina.passes.flatten_blocks import FlattenBlocks
-from lamina.passes.parallel_layers import ParallelLayers
-from lamina.passes.replace_branch import ReplaceBranch
 from lamina.planner.apply import STANDS_FOR
 from lamina.planner.builder import Builder, Finalist, Mending
 from lamina.planner.evaluator import Score
@@ -31,10 +28,6 @@ _REACH = 3.0
 _TRIES = 2
 # Sums of divergences such plans are looked for at, in those of the best feasible plan.
 _BEYOND = (1.4, 2.0, 3.0)
-# Transforms behind which a skip, or a map of it, stands for the sum; and those that make sums anew, under a
-# name of its own.
-_BRANCHES = (DropBranch.name, ReplaceBranch.name)
-_JOINING = (FlattenBlocks.name, ParallelLayers.name)
 
 
 def mend(
@@ -152,12 +145,11 @@ def standing(moves: Sequence[Move], program: Program) -> dict[str, str]:
     values = {v.name or "": v for n in program.graph for v in n.outputs}
     steps: dict[str, str] = {}
     for move in moves:
-        if move.site.transform not in (*_BRANCHES, *_JOINING) or len(move.site.outputs) != 1:
+        if len(move.site.outputs) != 1:
             continue
-        matched, joined = (f"{move.site.nodes[-1]}_{part}_out" for part in ("matched_bias", "joined"))
-        if move.site.transform in _JOINING and joined not in values:
+        instead = get_transform(move.site.transform).sum_after(move.site, values)
+        if instead is None:
             continue
-        instead = next((name for name in (matched, joined) if name in values), move.site.inputs[0])
         steps[instead] = move.site.outputs[0]
     found = {name: str(v.meta[STANDS_FOR]) for name, v in values.items() if STANDS_FOR in v.meta}
     for name, last in steps.items():

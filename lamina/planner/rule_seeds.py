@@ -117,7 +117,7 @@ class RuleSeeds:
         if walk.made is None:
             walk.made = list(walk.rule.plans())
         for part in _growing(walk.made):
-            self._bisect(walk, [g for g in part if _affordable(g, search)], search)
+            self._bisect(walk, [g for g in part if search.affordable(g)], search)
 
     def _bisect(self, walk: _Walk, genomes: Sequence[Genome], search: Search) -> None:
         if search.goal.minimize == "damage":  # the plans that cost least damage are the first that fit
@@ -140,7 +140,7 @@ class RuleSeeds:
         for _, genome in self._made(walk, search):
             if genome is None:
                 return
-            if not _affordable(genome, search) or self._beaten(genome, search):
+            if not search.affordable(genome) or self._beaten(genome, search):
                 continue
             good = self._measure(walk, genome, search)
             misses = 0 if good and search.goal.minimize != "damage" else misses + 1
@@ -190,11 +190,6 @@ class RuleSeeds:
             walk.ended = "out of time"
             return True
         return False
-
-
-def _affordable(genome: Genome, search: Search) -> bool:
-    predicted = search.costs.predict(genome)
-    return all(predicted[a] <= b * (1 + 1e-9) for a, b in search.goal.bounds.items() if a in predicted)
 
 
 def _growing(plans: Sequence[Step]) -> Iterator[list[Genome]]:

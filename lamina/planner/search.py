@@ -43,6 +43,10 @@ class Goal:
     allowed_damage: float = float("inf")
     caution: float = CAUTION
 
+    def affords(self, predicted: Mapping[str, float]) -> bool:
+        """Whether predicted totals keep every bound on a cost."""
+        return all(predicted[a] <= b * (1 + 1e-9) for a, b in self.bounds.items() if a in predicted)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -55,10 +59,7 @@ class Candidate:
 
     def feasible(self, goal: Goal) -> bool:
         """Whether it meets the goal: costs as predicted, damage as measured with caution."""
-        costs = all(
-            self.predicted[a] <= b * (1 + 1e-9) for a, b in goal.bounds.items() if a in self.predicted
-        )
-        return costs and self.score.bound(goal.caution) <= goal.allowed_damage
+        return goal.affords(self.predicted) and self.score.bound(goal.caution) <= goal.allowed_damage
 
     def objective(self, goal: Goal) -> float:
         """What is minimized."""
@@ -106,6 +107,10 @@ class Search:
         self.start = time.perf_counter()
 
     # -- measuring ----------------------------------------------------------------------------------
+
+    def affordable(self, genome: Genome) -> bool:
+        """Whether a genome keeps every bound on a cost, as predicted."""
+        return self.goal.affords(self.costs.predict(genome))
 
     def elapsed(self) -> float:
         """Seconds since the search was made."""
@@ -324,7 +329,7 @@ class Search:
                     continue
                 other = self.costs.space.canonical((*genome[:i], gene, *genome[i + 1 :]))
                 gain = now - self._value(other)
-                if gain > least and self._affordable(other):
+                if gain > least and self.affordable(other):
                     risk = max(self.surrogate(other) - self.surrogate(genome), 1e-9) * weight[i]
                     singles.append((gain / risk, other, [i]))
         singles.sort(key=lambda s: -s[0])
@@ -347,7 +352,7 @@ class Search:
                     genes[i] = int(self.random.integers(0, len(self.costs.space.choices[i].options) + 1))
                     changed.append(int(i))
             other = self.costs.space.canonical(genes)
-            if self._value(other) < now - self._least_gain(now) and self._affordable(other):
+            if self._value(other) < now - self._least_gain(now) and self.affordable(other):
                 yield other, changed
 
     def _least_gain(self, now: float) -> float:
@@ -358,7 +363,3 @@ class Search:
         if self.goal.minimize == "damage":
             return self.surrogate(genome)
         return self.costs.predict(genome)[self.goal.minimize]
-
-    def _affordable(self, genome: Genome) -> bool:
-        predicted = self.costs.predict(genome)
-        return all(predicted[a] <= b for a, b in self.goal.bounds.items() if a in predicted)

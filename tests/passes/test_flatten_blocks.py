@@ -17,8 +17,8 @@ from lamina.ir.program import Program
 from lamina.ir.verify import verify_structure
 from lamina.passes import get_transform, transform_names
 from lamina.passes.drop_branch import DropBranch, apply_drops
-from lamina.passes.flatten_blocks import FlattenBlocks, flatten_blocks
 from lamina.passes.fold import fold
+from lamina.passes.joining.flatten_blocks import FlattenBlocks, flatten_blocks
 from lamina.passes.pass_ import Option, Refusal, Site
 from lamina.planner.apply import apply_moves
 from lamina.planner.mend import standing

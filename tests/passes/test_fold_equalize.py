@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from folding import check, ops, program, reasons
@@ -77,7 +79,16 @@ def test_it_is_bit_equal_and_even(case):
 def test_a_chain_ends_even_throughout():
     body = "c = Gemm(x, w1, b1) a = Relu(c) d = Gemm(a, w2) e = Relu(d) y = Gemm(e, w3)"
     before = matrices(body, w3=normal(4, 3) * np.float32([[1], [64], [1 / 64], [1]]))
-    check(before, "equalize_layers", rows())
+    after = check(before, "equalize_layers", rows())
+
+    def unevenness(target) -> list[float]:
+        weights = [n.inputs[1].const_value.numpy() for n in target.graph if n.op_type == "Gemm"]
+        pairs = [(np.abs(w).max(0), np.abs(v).max(1)) for w, v in itertools.pairwise(weights)]
+        return [float(np.abs(np.log2(made / read)).max()) for made, read in pairs]
+
+    assert max(unevenness(before)) > 4
+    assert max(unevenness(after)) < 2
+    assert len(unevenness(after)) == 2
 
 
 def test_pairs_with_more_between_them_or_shared_weights_stay():

@@ -14,7 +14,7 @@ from residual_nets import WIDTH, Net, finished, image, tokens
 from lamina.ir.capture import capture
 from lamina.ir.program import Program
 from lamina.passes.fold import fold
-from lamina.passes.hidden_sites import hidden_sites
+from lamina.passes.neurons.hidden_sites import hidden_sites
 
 
 def residual(body: Callable[[Net, ir.Value], ir.Value]) -> Program:

@@ -24,18 +24,18 @@ from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.verify import check
 from lamina.passes import get_transform
-from lamina.passes.channel_map import ChannelMap
 from lamina.passes.compensate import compensate
 from lamina.passes.drop_branch import DropBranch
-from lamina.passes.hidden_sites import hidden_sites
-from lamina.passes.iterative_feature_merging import (
+from lamina.passes.neurons.channel_map import ChannelMap
+from lamina.passes.neurons.hidden_sites import hidden_sites
+from lamina.passes.neurons.iterative_feature_merging import (
     IterativeFeatureMerging,
     feature_complexity,
     merge_features,
     merged_features,
 )
-from lamina.passes.merge_channels import merge_channels
-from lamina.passes.merge_neurons_ot import MergeNeuronsOt, remaining, resize_neurons
+from lamina.passes.neurons.merge_channels import merge_channels
+from lamina.passes.neurons.merge_neurons_ot import MergeNeuronsOt, remaining, resize_neurons
 from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize import Quantize
 from lamina.passes.shrink import shrink

@@ -12,7 +12,7 @@ from lamina.errors import PassError
 from lamina.ir.branches import find_branches
 from lamina.ir.program import Program
 from lamina.passes import get_transform, transform_names
-from lamina.passes.parallel_layers import ParallelLayers, parallel_layers
+from lamina.passes.joining.parallel_layers import ParallelLayers, parallel_layers
 from lamina.passes.pass_ import Refusal, Site
 from lamina.planner.apply import apply_moves
 from lamina.planner.plan import Move, Plan

@@ -20,9 +20,9 @@ from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.ir.verify import verify_structure
 from lamina.passes.pass_ import Option, Refusal, Site
-from lamina.passes.remainder import energy, low_rank
-from lamina.passes.share import Share, apply_shares
-from lamina.passes.twins import Twins
+from lamina.passes.sharing.remainder import energy, low_rank
+from lamina.passes.sharing.share import Share, apply_shares
+from lamina.passes.sharing.twins import Twins
 
 TARGET = Target.parse("ort:cpu?threads=1")
 Branch = Callable[[Net, ir.Value], ir.Value]

@@ -24,7 +24,7 @@ from lamina.passes import default_transforms, transform_names
 from lamina.passes.drop_branch import DropBranch
 from lamina.passes.pass_ import Site, Transform
 from lamina.passes.quantize import Quantize
-from lamina.passes.share import Share, apply_shares
+from lamina.passes.sharing.share import Share, apply_shares
 from lamina.planner.apply import apply_moves
 from lamina.planner.costs import Costs
 from lamina.planner.knapsack import solve

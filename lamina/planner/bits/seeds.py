@@ -106,7 +106,7 @@ class BitSeeds:
         return ladder[low] if low >= first else None
 
     def _measure(self, walk: _Walk, genome: Genome | None, search: Search) -> bool:
-        if genome is None or not _affordable(genome, search):
+        if genome is None or not search.affordable(genome):
             return False
         if genome not in search.archive and self._late(walk, search):
             return False
@@ -132,13 +132,8 @@ def _first_affordable(ladder: Ladder, search: Search) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         genome = ladder[middle]
-        if genome is not None and _affordable(genome, search):
+        if genome is not None and search.affordable(genome):
             high = middle
         else:
             low = middle
     return high
-
-
-def _affordable(genome: Genome, search: Search) -> bool:
-    predicted = search.costs.predict(genome)
-    return all(predicted[a] <= b * (1 + 1e-9) for a, b in search.goal.bounds.items() if a in predicted)

@@ -22,10 +22,10 @@ from typing import Any
 
 from lamina.ir.branches import Block
 from lamina.ir.program import Program
-from lamina.passes.branch_chains import BranchChain, BranchChains
 from lamina.passes.drop_branch import apply_drops
-from lamina.passes.flatten_blocks import flatten_blocks
-from lamina.passes.parallel_layers import parallel_layers
+from lamina.passes.joining.branch_chains import BranchChain, BranchChains
+from lamina.passes.joining.flatten_blocks import flatten_blocks
+from lamina.passes.joining.parallel_layers import parallel_layers
 from tools.bench.cases import CASES, Case
 from tools.studies.depth.scoring import Study
 

@@ -2,8 +2,8 @@
 
     python -m tools.studies.depth.neurons kwt1 minilm --keep 0.75 0.5 --out neurons.json
 
-Every hidden width of a model (:func:`lamina.passes.hidden_sites.hidden_sites`) shrinks by the same share, and
-the outputs are compared with the original's on report samples:
+Every hidden width of a model (:func:`lamina.passes.neurons.hidden_sites.hidden_sites`) shrinks by the same
+share, and the outputs are compared with the original's on report samples:
 
 * ``prune``: channels with the least ``L2(weights in front) * L2(weights behind)`` go; needs no data;
 * ``prune-energy``: those with the least energy of the activation times ``L2(weights behind)^2`` on
@@ -31,13 +31,13 @@ from lamina.analysis.channels import collect_channels
 from lamina.analysis.moments import Moments
 from lamina.ir.io import serialized_size
 from lamina.ir.program import Program
-from lamina.passes.channel_map import ChannelMap
 from lamina.passes.compensate import compensate
-from lamina.passes.hidden import Hidden, HiddenGroup
-from lamina.passes.hidden_sites import hidden_sites
-from lamina.passes.iterative_feature_merging import merged_features
-from lamina.passes.merge_channels import merge_channels
-from lamina.passes.merge_neurons_ot import MergeNeuronsOt
+from lamina.passes.neurons.channel_map import ChannelMap
+from lamina.passes.neurons.hidden import Hidden, HiddenGroup
+from lamina.passes.neurons.hidden_sites import hidden_sites
+from lamina.passes.neurons.iterative_feature_merging import merged_features
+from lamina.passes.neurons.merge_channels import merge_channels
+from lamina.passes.neurons.merge_neurons_ot import MergeNeuronsOt
 from tools.bench.cases import CASES
 from tools.studies.depth.scoring import Study
 

@@ -35,11 +35,11 @@ from lamina.analysis.statistics import Statistics, collect
 from lamina.backends import get_backend
 from lamina.ir.io import save_model, serialized_size
 from lamina.ir.program import Program
-from lamina.passes.lender import Lender
 from lamina.passes.pass_ import Site
-from lamina.passes.remainder import as_matrices, low_rank
-from lamina.passes.share import Share, apply_shares
-from lamina.passes.twins import Twins
+from lamina.passes.sharing.lender import Lender
+from lamina.passes.sharing.remainder import as_matrices, low_rank
+from lamina.passes.sharing.share import Share, apply_shares
+from lamina.passes.sharing.twins import Twins
 from lamina.planner.apply import apply_moves
 from lamina.planner.plan import Move
 from lamina.workload import parse_workload
@@ -168,7 +168,7 @@ def _rank(move: Move) -> int:
 
 
 def _stored(node: ir.Node, matrices: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """The inverse of :func:`lamina.passes.remainder.as_matrices`."""
+    """The inverse of :func:`lamina.passes.sharing.remainder.as_matrices`."""
     if node.op_type == "Conv":
         made = matrices.transpose(0, 2, 1).reshape(like.shape)
     else:

@@ -215,7 +215,7 @@ class Widener:
         same = all(s is None or isinstance(s, Same) or (isinstance(s, Constants) and s.equal) for s in states)
         if same and not (self.apart and self._splits(first)):
             return list(self._once(first, states))
-        from lamina.passes.widen_rules import rule_of
+        from lamina.passes.joining.widen_rules import rule_of
 
         rule = rule_of(first)
         if rule is None:

@@ -9,7 +9,18 @@ import numpy as np
 import onnx_ir as ir
 
 from lamina.passes.fold.graph import attribute, rank_of
-from lamina.passes.widen import Affine, Array, Constants, Same, State, Total, Unlike, Wide, Widener, shaped
+from lamina.passes.joining.widen import (
+    Affine,
+    Array,
+    Constants,
+    Same,
+    State,
+    Total,
+    Unlike,
+    Wide,
+    Widener,
+    shaped,
+)
 
 
 def matmul(widener: Widener, node: ir.Node, states: Sequence[State]) -> list[State]:

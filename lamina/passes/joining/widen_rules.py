@@ -1,4 +1,4 @@
-"""What each operator does to values of several bodies that lie side by side (:mod:`lamina.passes.widen`)."""
+"""What each operator does to values of several bodies that lie side by side (:mod:`.widen`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ import onnx_ir as ir
 
 from lamina.ir.branch_view import words
 from lamina.passes.fold.graph import attribute, rank_of
-from lamina.passes.widen import Affine, Array, Constants, Same, State, Total, Unlike, Wide, Widener, shaped
-from lamina.passes.widen_linear import conv, gemm, matmul
-from lamina.passes.widen_views import (
+from lamina.passes.joining.widen import (
+    Affine,
+    Array,
+    Constants,
+    Same,
+    State,
+    Total,
+    Unlike,
+    Wide,
+    Widener,
+    shaped,
+)
+from lamina.passes.joining.widen_linear import conv, gemm, matmul
+from lamina.passes.joining.widen_views import (
     concat,
     expand,
     reshape,

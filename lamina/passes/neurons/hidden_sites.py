@@ -20,7 +20,7 @@ from lamina.analysis.coupling_rules import RULES
 from lamina.errors import BackendError
 from lamina.ir.branches import Branch, find_branches
 from lamina.ir.program import Program
-from lamina.passes.hidden import Hidden, HiddenGroup, Operand, Side
+from lamina.passes.neurons.hidden import Hidden, HiddenGroup, Operand, Side
 
 Refused = tuple[str, str]
 

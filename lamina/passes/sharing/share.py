@@ -14,11 +14,11 @@ from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.drop_branch import remove_unused_initializers, sweep
-from lamina.passes.lender import Lender
 from lamina.passes.pass_ import Need, Option, Refusal, Site, Transform
-from lamina.passes.remainder import add_remainder, matrix_operand
 from lamina.passes.repair import unpacked
-from lamina.passes.twins import NAME, Twins
+from lamina.passes.sharing.lender import Lender
+from lamina.passes.sharing.remainder import add_remainder, matrix_operand
+from lamina.passes.sharing.twins import NAME, Twins
 
 # What the copies' names end in until the originals are gone.
 _COPY = "_shared"

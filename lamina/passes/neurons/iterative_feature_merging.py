@@ -10,10 +10,10 @@ import numpy as np
 
 from lamina.errors import PassError
 from lamina.ir.program import Program
-from lamina.passes.channel_map import ChannelMap
-from lamina.passes.hidden import Hidden
-from lamina.passes.hidden_sites import hidden_sites
-from lamina.passes.merge_channels import MergeChannels, merge_channels
+from lamina.passes.neurons.channel_map import ChannelMap
+from lamina.passes.neurons.hidden import Hidden
+from lamina.passes.neurons.hidden_sites import hidden_sites
+from lamina.passes.neurons.merge_channels import MergeChannels, merge_channels
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class IterativeFeatureMerging(MergeChannels):
     A channel's vector is all that makes it: rows of every matrix or kernel that does, biases, and scales
     between. Vectors of merged channels are means over all they were merged from.
 
-    Fires, refuses: as :class:`lamina.passes.merge_channels.MergeChannels`.
+    Fires, refuses: as :class:`lamina.passes.neurons.merge_channels.MergeChannels`.
     Cost: d^2 distances of vectors in front, d^2 memory (scipy's centroid linkage).
     Source: Chen et al. 2023, arXiv:2310.06756. Deviates: METHODS.md's reading of it; ends at a width as well
         as at a distance; scales between are vectors' parts like weights.
@@ -99,7 +99,7 @@ def merge_features(
         program: Left unchanged.
         keep: Share of each width that stays at least; None: as few as ``eps`` leaves.
         eps: Largest distance of a merge, in units of the vectors' root mean square length.
-        sites: Names of sites (:func:`lamina.passes.hidden_sites.hidden_sites`); all of them when None.
+        sites: Names of sites (:func:`.hidden_sites.hidden_sites`); all of them when None.
 
     Raises:
         PassError: There is no such site; neither ``keep`` nor ``eps`` says when to end.

@@ -14,10 +14,10 @@ from lamina.analysis.transport import transport_plan
 from lamina.data import Dataset
 from lamina.errors import DataError, PassError
 from lamina.ir.program import Program
-from lamina.passes.channel_map import ChannelMap
-from lamina.passes.hidden import Hidden
-from lamina.passes.hidden_sites import hidden_sites
-from lamina.passes.merge_channels import MergeChannels, merge_channels
+from lamina.passes.neurons.channel_map import ChannelMap
+from lamina.passes.neurons.hidden import Hidden
+from lamina.passes.neurons.hidden_sites import hidden_sites
+from lamina.passes.neurons.merge_channels import MergeChannels, merge_channels
 from lamina.passes.pass_ import Need
 
 # Distances relative to the mean below this are rounding of the moments.
@@ -35,7 +35,7 @@ class MergeNeuronsOt(MergeChannels):
     are the mean of what comes to it by mass; a neuron's weights behind are shared out. Its mass is the energy
     it hands on: mean square of its activation times the squared norm of the weights that read it.
 
-    Fires, refuses: as :class:`lamina.passes.merge_channels.MergeChannels`.
+    Fires, refuses: as :class:`lamina.passes.neurons.merge_channels.MergeChannels`.
     Needs: second moments of each hidden width (:meth:`collect`); without them it offers nothing.
     Cost: one run over calibration data; d^2 memory; d^2 for the elimination, d d' an iteration of the plan.
     Source: Verma et al. 2025, arXiv:2507.04517 (DOTResize). Deviates, as far as the abstract and METHODS.md
@@ -151,7 +151,7 @@ def resize_neurons(
         program: Left unchanged.
         dataset: Calibration samples.
         keep: Share of each width that stays, above 0, at most 1.
-        sites: Names of sites (:func:`lamina.passes.hidden_sites.hidden_sites`); all of them when None.
+        sites: Names of sites (:func:`.hidden_sites.hidden_sites`); all of them when None.
         how: Options.
 
     Raises:

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import onnx_ir as ir
-
 from lamina.errors import PassError
 from lamina.ir.program import Program
-from lamina.ir.rewriter import Rewriter
-from lamina.passes.branch_chains import (
+from lamina.passes.joining.branch_chains import (
     BranchChain,
     BranchChains,
+    JoinedBranches,
     apply_written,
     block_pairs,
-    rewrite,
-    why_not,
+    not_here,
     written,
 )
-from lamina.passes.drop_branch import sweep
-from lamina.passes.pass_ import Need, Option, Refusal, Site, Transform
+from lamina.passes.pass_ import Option, Refusal, Site
 
 
 @dataclass(frozen=True)
-class FlattenBlocks(Transform):
+class FlattenBlocks(JoinedBranches):
     """Make one block of two: each branch of the second is computed beside its like in the first.
 
     Branches a1, m1, a2, m2 in a row become ``y = x + (a1 + a2)(x)``, then ``y + (m1 + m2)(y)``, and a1 + a2
@@ -46,10 +42,7 @@ class FlattenBlocks(Transform):
     """
 
     paper: ClassVar[str] = "FlattenGPT"
-    axes: ClassVar[tuple[str, ...]] = ("latency",)
-    needs: ClassVar[frozenset[Need]] = frozenset()
     name: ClassVar[str] = "flatten-blocks"
-    removes_site: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Pairs of blocks without overlap, in execution order, and why others are none."""
@@ -62,8 +55,7 @@ class FlattenBlocks(Transform):
                 continue
             site = chain.site(self.name, f"{first.name}+{second.name}", _kind(chain))
             tried.append((site, _options(chain, chains)[0]))
-        for (site, _), reason in zip(tried, why_not(program, tried), strict=True):
-            yield site if reason is None else Refusal(self.name, site.name, reason)
+        yield from self.judged(program, tried)
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
         """``flatten``, and for blocks of several branches each kind alone."""
@@ -72,20 +64,7 @@ class FlattenBlocks(Transform):
             chain = chains.of_blocks(first, second) if f"{first.name}+{second.name}" == site.name else None
             if isinstance(chain, BranchChain):
                 return _options(chain, chains)
-        raise PassError(
-            f"blocks '{site.name}' are not in this program",
-            advice="take the sites from the program the options are for",
-        )
-
-    def emit(
-        self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]
-    ) -> list[ir.Value]:
-        """The blocks written anew."""
-        return [rewrite(site, option, rewriter, nodes)]
-
-    def finish(self, site: Site, rewriter: Rewriter) -> None:
-        """Take out what was replaced."""
-        sweep(rewriter, reversed([rewriter.node(n) for n in site.nodes if rewriter.has_node(n)]))
+        raise not_here(site)
 
 
 def flatten_blocks(program: Program, first: str, second: str, option: str = "flatten") -> Program:

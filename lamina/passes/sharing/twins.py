@@ -12,7 +12,7 @@ import onnx_ir as ir
 from lamina.ir.branches import Branch, find_branches
 from lamina.ir.program import Program
 from lamina.passes.pass_ import Refusal, Site
-from lamina.passes.remainder import matrix_operand
+from lamina.passes.sharing.remainder import matrix_operand
 
 NAME = "share"
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)

@@ -11,9 +11,9 @@ import onnx_ir as ir
 from lamina.analysis.statistics import Statistics
 from lamina.ir.program import Program
 from lamina.passes.pass_ import Option, Site
-from lamina.passes.remainder import as_matrices, energy, low_rank
 from lamina.passes.repair import packed
-from lamina.passes.twins import Twins
+from lamina.passes.sharing.remainder import as_matrices, energy, low_rank
+from lamina.passes.sharing.twins import Twins
 
 # A remainder must store less than this share of the matrices it spares.
 _MOST_STORED = 0.75

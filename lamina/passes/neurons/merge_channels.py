@@ -16,10 +16,10 @@ from lamina.errors import PassError
 from lamina.ir.inference import infer_shapes
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
-from lamina.passes.channel_map import ChannelMap
 from lamina.passes.drop_branch import remove_unused_initializers, sweep
-from lamina.passes.hidden import Hidden, HiddenGroup
-from lamina.passes.hidden_sites import hidden_sites
+from lamina.passes.neurons.channel_map import ChannelMap
+from lamina.passes.neurons.hidden import Hidden, HiddenGroup
+from lamina.passes.neurons.hidden_sites import hidden_sites
 from lamina.passes.pass_ import Option, Refusal, Site, Transform
 
 # What a narrowed operator is called until the one it replaces is gone.
@@ -30,7 +30,7 @@ _LABEL = "merged"
 class MergeChannels(Transform):
     """Base of the transforms that make hidden widths smaller; ``maps`` says what is merged.
 
-    Fires: hidden widths of :func:`lamina.passes.hidden_sites.hidden_sites`: one operator sums over channels
+    Fires: hidden widths of :func:`.hidden_sites.hidden_sites`: one operator sums over channels
         that Conv, Gemm or MatMul make and operators between compute each by itself. Widths that share an
         operator are one site and shrink by the same share.
     Refuses: channels of the residual stream or the interface; heads and other units of several channels;
@@ -111,7 +111,7 @@ def merge_channels(program: Program, maps: Mapping[str, Sequence[ChannelMap]]) -
 
     Args:
         program: Left unchanged.
-        maps: Site name (:func:`lamina.passes.hidden_sites.hidden_sites`) -> a map for each of its groups.
+        maps: Site name (:func:`.hidden_sites.hidden_sites`) -> a map for each of its groups.
 
     Raises:
         PassError: There is no such site; a map is not of its group's width.

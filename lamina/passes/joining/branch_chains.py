@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -15,8 +15,8 @@ from lamina.ir.rewriter import Rewriter
 from lamina.passes.drop_branch import sweep
 from lamina.passes.fold import cleanup
 from lamina.passes.fold.graph import constant, is_op
-from lamina.passes.pass_ import Option, Site, Transform
-from lamina.passes.widen import Body, Unlike, Widener
+from lamina.passes.joining.widen import Body, Unlike, Widener
+from lamina.passes.pass_ import Option, Refusal, Site, Transform
 
 # Operators between one sum and the next branch: a normalization, an activation, and their constants' sums.
 _MOST_BETWEEN = 12
@@ -198,7 +198,7 @@ def rewrite(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, 
         for total in totals:
             name = f"{add.name}_joined"
             value = rewriter.op("Add", [value, total], name=name, dtype=old.dtype, shape=old.shape)
-    label = f"{adds[-1].name}_joined_out"  # what stands for the old sum is found by this name
+    label = _last_sum(adds[-1].name or "")
     if value.name != label:
         value.name = rewriter.fresh(label)
     return value
@@ -233,6 +233,45 @@ def _operators(body: Body) -> tuple[str, ...]:
         found.append(node.op_type)
         pending += [v for v in node.inputs if v is not None]
     return tuple(found)
+
+
+class JoinedBranches(Transform):
+    """Base of the transforms whose options write branches in a row anew (:func:`written`)."""
+
+    axes: ClassVar[tuple[str, ...]] = ("latency",)
+    removes_site: ClassVar[bool] = True
+
+    def emit(
+        self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]
+    ) -> list[ir.Value]:
+        """The branches written anew."""
+        return [rewrite(site, option, rewriter, nodes)]
+
+    def finish(self, site: Site, rewriter: Rewriter) -> None:
+        """Take out what was replaced."""
+        sweep(rewriter, reversed([rewriter.node(n) for n in site.nodes if rewriter.has_node(n)]))
+
+    def sum_after(self, site: Site, names: Collection[str]) -> str | None:
+        """The last sum that was written."""
+        made = _last_sum(site.nodes[-1])
+        return made if made in names else None
+
+    def judged(self, program: Program, tried: Sequence[tuple[Site, Option]]) -> Iterator[Site | Refusal]:
+        """The sites that can be written so, by an option of each, and why others cannot."""
+        for (site, _), reason in zip(tried, why_not(program, tried), strict=True):
+            yield site if reason is None else Refusal(self.name, site.name, reason)
+
+
+def not_here(site: Site) -> PassError:
+    """What is wrong where ``site`` belongs to another program."""
+    return PassError(
+        f"blocks '{site.name}' are not in this program",
+        advice="take the sites from the program the options are for",
+    )
+
+
+def _last_sum(add: str) -> str:
+    return f"{add}_joined_out"
 
 
 def apply_written(program: Program, transform: Transform, site: Site, option: Option) -> Program:

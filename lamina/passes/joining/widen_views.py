@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from lamina.passes.fold.graph import attribute, constant, is_op, rank_of
 from lamina.passes.fold.heads import permutation, same_dim
-from lamina.passes.widen import Affine, Constants, Same, State, Total, Unlike, Wide, Widener, shaped
+from lamina.passes.joining.widen import Affine, Constants, Same, State, Total, Unlike, Wide, Widener, shaped
 
 
 def _source(widener: Widener, node: ir.Node, state: State) -> Wide:

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-import onnx_ir as ir
 
 from lamina.errors import PassError
 from lamina.ir.branches import Block
 from lamina.ir.program import Program
-from lamina.ir.rewriter import Rewriter
-from lamina.passes.branch_chains import (
+from lamina.passes.joining.branch_chains import (
     BranchChain,
     BranchChains,
+    JoinedBranches,
     apply_written,
     block_pairs,
-    rewrite,
-    why_not,
+    not_here,
     written,
 )
-from lamina.passes.drop_branch import sweep
-from lamina.passes.pass_ import Need, Option, Refusal, Site, Transform
+from lamina.passes.pass_ import Option, Refusal, Site
 
 _NORMS = "a normalization or activation stays between the sums, so the branches would share nothing"
 
 
 @dataclass(frozen=True)
-class ParallelLayers(Transform):
+class ParallelLayers(JoinedBranches):
     """Let all branches of a block, or of two blocks in a row, read what the first of them reads.
 
     The first-order terms of the composition: what is lost is ``g(x + f(x)) - g(x)``. The branches then share
     one normalization, whose gains and shifts go into the projections behind it, exactly; branches of the same
-    operators become one wide operator as in :mod:`lamina.passes.flatten_blocks`.
+    operators become one wide operator as in :mod:`lamina.passes.joining.flatten_blocks`.
 
     Fires: pre-norm blocks of at least two branches, and pairs of neighbours.
     Refuses: post-norm blocks: their normalizations stay between the sums, so nothing would be shared; what
@@ -45,10 +41,7 @@ class ParallelLayers(Transform):
     """
 
     paper: ClassVar[str] = "arXiv:2407.09298"
-    axes: ClassVar[tuple[str, ...]] = ("latency",)
-    needs: ClassVar[frozenset[Need]] = frozenset()
     name: ClassVar[str] = "parallel-layers"
-    removes_site: ClassVar[bool] = True
 
     def sites(self, program: Program) -> Iterator[Site | Refusal]:
         """Pairs of blocks without overlap and single blocks, in execution order, and why others are none."""
@@ -61,8 +54,7 @@ class ParallelLayers(Transform):
                     yield Refusal(self.name, _name(span), chain)
             else:
                 tried.append((chain.site(self.name, _name(span), "span"), _option(chain, chains)))
-        for (site, _), reason in zip(tried, why_not(program, tried), strict=True):
-            yield site if reason is None else Refusal(self.name, site.name, reason)
+        yield from self.judged(program, tried)
 
     def options(self, site: Site, program: Program, statistics: Any, target: Any) -> Sequence[Option]:
         """The one option: ``parallel``."""
@@ -71,20 +63,7 @@ class ParallelLayers(Transform):
             chain = _chain(chains, span) if _name(span) == site.name else None
             if isinstance(chain, BranchChain):
                 return (_option(chain, chains),)
-        raise PassError(
-            f"blocks '{site.name}' are not in this program",
-            advice="take the sites from the program the options are for",
-        )
-
-    def emit(
-        self, site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]
-    ) -> list[ir.Value]:
-        """The branches written anew."""
-        return [rewrite(site, option, rewriter, nodes)]
-
-    def finish(self, site: Site, rewriter: Rewriter) -> None:
-        """Take out what was replaced."""
-        sweep(rewriter, reversed([rewriter.node(n) for n in site.nodes if rewriter.has_node(n)]))
+        raise not_here(site)
 
 
 def parallel_layers(program: Program, branches: Sequence[str]) -> Program:
