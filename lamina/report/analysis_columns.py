@@ -16,18 +16,25 @@ MARK = "*"
 OPTION_GROUPS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("drop", "d", ("drop",)),
     ("map", "m", ("bias", "diagonal", "rank-*", "full")),
+    ("merge", "c", ("merge *",)),
+    ("narrow", "n", ("keep-*",)),
     ("int8", "i", ("w8a8-*",)),
     ("w8", "8", ("w8",)),
     ("w4", "4", ("w4",)),
+    ("w2", "2", ("w2",)),
     ("half", "h", ("float16-compute",)),
-    ("stored", "s", ("stored-*", "float16")),
+    ("stored", "s", ("stored-*", "float16", "bfloat16")),
 )
+OTHERS = "+"
 SAYS = {
     "drop": "take the branch out",
     "map": "a linear map in its place",
+    "merge": "convolutions in a row as one",
+    "narrow": "hidden channels merged",
     "int8": "8-bit arithmetic",
     "w8": "8-bit weights",
     "w4": "4-bit weights",
+    "w2": "2-bit weights",
     "half": "float16 arithmetic",
     "stored": "smaller in the file only",
 }
@@ -160,7 +167,7 @@ def _options(names: Iterable[str], *, words: bool) -> str:
     if words:
         return " ".join([*known, *others])
     letters = {group: letter for group, letter, _ in OPTION_GROUPS}
-    return "".join(letters[g] for g in known) + ("+" if others else "")
+    return "".join(letters[g] for g in known) + (OTHERS if others else "")
 
 
 def group_of(option: str) -> str:

@@ -13,6 +13,7 @@ from lamina.report.analysis_columns import (
     LETTERS,
     MARK,
     OPTION_GROUPS,
+    OTHERS,
     SAYS,
     Column,
     Scored,
@@ -189,6 +190,8 @@ def _legend(
         for group, letter, _ in OPTION_GROUPS
         if group in groups
     ]
+    if letters and groups - {group for group, _, _ in OPTION_GROUPS}:
+        shown.append(f"{OTHERS}: others, which a wider terminal names")
     if shown:
         yield f"options, before anything is priced: {', '.join(shown)}"
     if "bound" in titles:

@@ -8,6 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from sample_analysis import HOSTILE, sample
 
+from lamina.report.analysis_columns import OPTION_GROUPS, SAYS, group_of
 from lamina.report.analysis_table import analysis_table
 from lamina.report.reading import reading, suggestion
 from lamina.report.scores import redundancy, sensitivity
@@ -117,6 +118,24 @@ def test_rows_show_shares_marks_and_options() -> None:
     assert line.rstrip().endswith("dmi84s+")
     wide = next(line for line in shown(sample(), 160) if line.strip().startswith("attention"))
     assert wide.rstrip().endswith("drop map int8 w8 w4 stored third-party")
+    narrow, words = (" ".join(" ".join(shown(sample(), width)).split()) for width in (80, 160))
+    assert "+: others, which a wider terminal names" in narrow
+    assert "others, which" not in words
+
+
+def test_every_option_that_is_offered_by_default_has_a_letter() -> None:
+    offered = {
+        "merge 0-1 without 0": "c",
+        "keep-50": "n",
+        "w2": "2",
+        "stored-w3": "s",
+        "bfloat16": "s",
+        "rank-4": "m",
+    }
+    for option, letter in offered.items():
+        group = group_of(option)
+        assert [found for name, found, _ in OPTION_GROUPS if name == group] == [letter]
+        assert group in SAYS
 
 
 def test_the_words_name_branches_shares_and_operators() -> None:
