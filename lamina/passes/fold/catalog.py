@@ -20,6 +20,7 @@ FOLDS: tuple[str, ...] = (
     "fold_constants",
     "fold_shapes",
     "simplify_local",
+    "remove_unused",
     "merge_slices",
     "cancel_transposes",
     "drop_gathered_transpose",
@@ -36,7 +37,6 @@ FOLDS: tuple[str, ...] = (
     "chain_residual_sums",
     "deduplicate_initializers",
     "merge_common_subexpressions",
-    "remove_unused",
     "drop_attention_bias",
 )
 
@@ -80,8 +80,11 @@ TIDY: tuple[str, ...] = (
 )
 
 # Pass -> those after which it need not run again: it reads nothing that they change. Constants stay constants
-# when equal things are merged, and what nobody reads was equal to nothing.
+# when equal things are merged, and what nobody reads was equal to nothing. Weights that become shared are only
+# refused more often.
 UNAFFECTED: dict[str, tuple[str, ...]] = {
+    "fold_affine": ("deduplicate_initializers",),
+    "compose_affine": ("deduplicate_initializers",),
     "fold_constants": (
         "fold_affine",
         "drop_redundant_relu",

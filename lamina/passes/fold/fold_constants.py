@@ -44,6 +44,16 @@ class FoldConstants(LibraryFold):
                 fold_constants(model, onnx_shape_inference=True, **limits)
             else:
                 fast(shape_inference=True, **limits)(model)
+        _remove_dead_identities(model)
+
+
+def _remove_dead_identities(model: ir.Model) -> None:
+    """Take out what the library turns operators into and lets nobody read: a pass less has to look for it."""
+    for node in list(every_node(model.graph)):
+        if node.op_type == "Identity" and node.domain == "" and node.graph is not None:
+            output = node.outputs[0]
+            if not output.uses() and not output.is_graph_output():
+                node.graph.remove(node, safe=True)
 
 
 def _too_large(model: ir.Model, limit: int) -> list[ir.Node]:

@@ -28,7 +28,7 @@ from lamina.passes.fold.library import LibraryFold
 from lamina.passes.fold.thorough import verify_outputs
 from lamina.passes.pass_ import Fold
 
-_ROUNDS = 4
+_ROUNDS = 5
 Fingerprint = list[tuple[object, ...]]
 
 
