@@ -127,7 +127,7 @@ def test_a_contest_scores_every_contender_on_the_same_samples(
     parts = {name: _rows(seed) for seed, name in enumerate(("calibration", "selection", "report"))}
     case = Case("stack", str(path), "relative-l2", lambda: dict(parts), "1x6", 16)
     request = asked(case, 0.5, ("drop", "direct-matching"))
-    options = argparse.Namespace(shares=[0.7], mend=0.5, timing=0.1)
+    options = argparse.Namespace(shares=[0.7], mend=0.5, mended=8, timing=0.1)
     timed = request.backend, Target.parse("ort:cpu?threads=1"), request.workload, request.program.model
     with Stopwatch(*timed, tmp_path) as stopwatch:
         ready = made_ready(case, request, stopwatch, 24)

@@ -48,7 +48,7 @@ from tools.bench.cases import CASES, Case
 from tools.studies.depth.scoring import TARGET, Judge, Judged, evenly, short
 
 MODELS = ("kwt1", "stories260k", "resnet56", "mobilenet", "minilm")
-TRANSFORMS = ("drop", "direct-matching", "merge-conv-chain")
+TRANSFORMS = ("drop", "direct-matching", "merge-conv-chain", "merge-neurons-ot")
 MIX = "planner"
 # Plans of a rule that are built and timed at each share.
 BUILDS = 2
@@ -212,11 +212,15 @@ def contest(ready: Ready, options: argparse.Namespace, tell: Tell) -> Iterator[d
     latency = dict(zip(unique, times, strict=True))
     yield _scored(ready, levels, latency, {})
     mended: dict[Genome, Finalist] = {}
-    patient = replace(ready.request, seconds=options.mend / MEND_SHARE)
     mixes = [found[MIX] for _, _, found in levels]
     still = Goal("latency")  # no paths, which would take time: plans are compared at equal latency
     ordered = sorted(unique.values(), key=lambda f: (f not in mixes, f.candidate.score.damage))
-    for finalist in ordered if options.mend else ():  # the planner's first, then the least damaging
+    if not options.mend:
+        return
+    for finalist in ordered[: options.mended]:  # the planner's first, then the least damaging
+        # trap: plans of one run share its time; here each is given its own
+        spent = sum(m.seconds for m in ready.builder.mended.values())
+        patient = replace(ready.request, seconds=(options.mend + spent) / MEND_SHARE)
         mended[finalist.candidate.genome] = mend(patient, ready.builder, finalist, still)
         tell(f"{ready.case.name}: compensated {len(mended)} of {len(unique)}")
         yield _scored(ready, levels, latency, mended)
@@ -309,6 +313,7 @@ def main() -> None:
     parser.add_argument("--timing", type=float, default=1.0, help="seconds a model of the last timing")
     parser.add_argument("--report-samples", type=int, help="report samples, evenly; all if not given")
     parser.add_argument("--mend", type=float, default=0.0, help="seconds to compensate each plan; 0: not")
+    parser.add_argument("--mended", type=int, default=8, help="how many plans: the planner's, then the best")
     parser.add_argument("--out", type=Path, default=Path("depth_contest.json"))
     options = parser.parse_args()
     done: list[dict[str, Any]] = []
