@@ -192,6 +192,21 @@ def test_openvino_agrees(name, form, opset):
     assert relative_error(next(iter(compiled(given).values())), expected) < BOUNDS[form]
 
 
+@pytest.mark.parametrize(
+    ("name", "form"), [("conv 2d", "w8a8-static"), ("matmul", "stored-w4"), ("gemm", "w8a8-dynamic")]
+)
+def test_tvm_agrees(name, form):
+    pytest.importorskip("tvm", reason="TVM is not installed")
+    from lamina.backends import get_backend
+    from lamina.backends.backend import Target
+
+    prog, given, expected, options = prepared(name, 13)
+    target = Target.parse("tvm:llvm?threads=1")
+    made = apply_quantize(prog, {"op": options[form]}, EVERY)
+    answer = next(iter(get_backend(target).compile(made.model, target).run(given).values()))
+    assert relative_error(answer, expected) < BOUNDS[form]
+
+
 def test_all_outputs_of_a_recurrent_operator_are_given():
     from lamina.planner.apply import apply_moves
     from lamina.planner.plan import Move
