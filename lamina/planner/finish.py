@@ -139,15 +139,34 @@ def correct_size(request: Request, builder: Builder, search: Search) -> bool:
     Nodes, names and types of conversions are not in the predicted size: they depend on the neighbours.
     """
     limits = [b.limit(builder.original_size) for b in request.budget.costs if b.axis == "size"]
-    done = [f for f in builder.done.values() if f.candidate.feasible(search.goal)]
-    if not limits or not done:
+    if not limits:
         return False
+    done = [f for f in builder.done.values() if f.candidate.feasible(search.goal)]
+    if not done:
+        return _loosen_size(min(limits), builder, search)
     sizes = [serialized_size(f.realized.program.model) for f in done]
     if min(sizes) <= min(limits):
         return False
     beyond = max(real - f.candidate.predicted["size"] for real, f in zip(sizes, done, strict=True))
     bound = min(limits) - beyond
     if bound >= search.goal.bounds["size"]:
+        return False
+    search.goal = replace(search.goal, bounds={**search.goal.bounds, "size": bound})
+    search.run()
+    return True
+
+
+def _loosen_size(limit: float, builder: Builder, search: Search) -> bool:
+    """Search above the size bound where nothing seems small enough but the smallest plan's file is."""
+    harmless = replace(search.goal, bounds={a: b for a, b in search.goal.bounds.items() if a != "size"})
+    near = [c for c in search.archive.values() if c.feasible(harmless) and builder.usable(c.genome)]
+    near.sort(key=lambda c: c.predicted["size"])
+    found = builder.finish(near[:1], seconds=3.0)
+    if not found:
+        return False
+    real, predicted = serialized_size(found[0].realized.program.model), found[0].candidate.predicted["size"]
+    bound = limit + predicted - real
+    if real > limit or bound <= search.goal.bounds["size"]:
         return False
     search.goal = replace(search.goal, bounds={**search.goal.bounds, "size": bound})
     search.run()

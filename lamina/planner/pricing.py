@@ -11,9 +11,9 @@ from lamina.backends.backend import Workload
 from lamina.ir.program import Program
 from lamina.passes.pass_ import Option
 from lamina.planner.costs import Border, Costs, Loan
+from lamina.planner.option_bytes import framing_bytes, stored_bytes
 from lamina.planner.prices import Prices
 from lamina.planner.space import Choice, Space
-from lamina.planner.supergraph import stored_bytes
 
 Shapes = Mapping[str, tuple[tuple[int, ...], np.dtype[np.generic]]]
 
@@ -80,8 +80,11 @@ def shared_costs(space: Space, base: Mapping[str, float], operator_flops: Mappin
 def _size(space: Space) -> list[list[float]]:
     """Bytes every option adds to the file."""
     return [
-        [float(stored - _own_weight_bytes(space, c)) for stored in row]
-        for c, row in zip(space.choices, stored_bytes(space), strict=True)
+        [
+            float(stored + around - _own_weight_bytes(space, c))
+            for stored, around in zip(row, frame, strict=True)
+        ]
+        for c, row, frame in zip(space.choices, stored_bytes(space), framing_bytes(space), strict=True)
     ]
 
 

@@ -69,25 +69,6 @@ def build_supergraph(space: Space) -> Supergraph:
     return Supergraph(space, model)
 
 
-def stored_bytes(space: Space) -> list[list[int]]:
-    """Bytes of the weights each option of each choice stores, read off what it emits."""
-    model = space.program.clone().model
-    every = [Move(c.site, o) for c in space.choices for o in c.options]
-    raise_opset(model, max(required_opset(every), space.program.opset))
-    rewriter = Rewriter(model)
-    found = []
-    for choice in space.choices:
-        nodes = {name: rewriter.node(name) for name in choice.site.nodes}
-        row = []
-        for option in choice.options:
-            scratch = ir.Graph([], [], nodes=[], name="lamina_scratch")
-            choice.transform.emit(choice.site, option, Rewriter(model, scratch, parent=rewriter), nodes)
-            weights = (v.const_value for v in scratch.initializers.values())
-            row.append(sum(w.nbytes for w in weights if w is not None))
-        found.append(row)
-    return found
-
-
 @dataclass(frozen=True)
 class _Emitted:
     """An option's nodes in a graph of their own, and by output of its site the node that hands it out."""

@@ -14,8 +14,9 @@ from lamina.backends.backend import Target
 from lamina.errors import BackendError, PassError
 from lamina.ir.io import serialized_size
 from lamina.planner.apply import apply_moves
+from lamina.planner.option_bytes import stored_bytes
 from lamina.planner.plan import Move, Plan
-from lamina.planner.supergraph import build_supergraph, stored_bytes
+from lamina.planner.supergraph import build_supergraph
 
 TARGET = Target.parse("ort:cpu?threads=1")
 

@@ -80,8 +80,7 @@ TIDY: tuple[str, ...] = (
 )
 
 # Pass -> those after which it need not run again: it reads nothing that they change. Constants stay constants
-# when equal things are merged, and what nobody reads was equal to nothing. Weights that become shared are only
-# refused more often.
+# when equal things are merged, what nobody reads was equal to nothing, and shared weights are only refused.
 UNAFFECTED: dict[str, tuple[str, ...]] = {
     "fold_affine": ("deduplicate_initializers",),
     "compose_affine": ("deduplicate_initializers",),

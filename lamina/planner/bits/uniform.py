@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from lamina.errors import BudgetError
 from lamina.planner.bits.evidence import QUANTIZE, weight_bytes, width_of
+from lamina.planner.option_bytes import stored_bytes
 from lamina.planner.space import Choice, Space
-from lamina.planner.supergraph import stored_bytes
 
 
 def uniform_space(space: Space, bits: int) -> Space:
