@@ -16,7 +16,7 @@ from lamina.planner.builder import Builder, Finalist
 from lamina.planner.costs import fit_scales
 from lamina.planner.judge import Judge, Verdict
 from lamina.planner.knapsack import solve
-from lamina.planner.mend import mend, reach
+from lamina.planner.mend import mend_best, reach
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
 from lamina.planner.search import Candidate, Goal, Search
@@ -87,12 +87,13 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     goal = search.goal
     limit, failed = float("inf"), None
     for _ in range(LOOKS):
-        finalist = _next(request, builder, search, limit)
-        if finalist is None and request.not_slower and store_only(builder, search):
-            finalist = _next(request, builder, search, limit)
-        if finalist is None:
+        fit = _fitting(request, builder, search, limit)
+        if not fit and request.not_slower and store_only(builder, search):
+            fit = _fitting(request, builder, search, limit)
+        if not fit:
             break
-        verdict = judge.score(mend(request, builder, finalist, goal))
+        finalist = mend_best(request, builder, fit, goal)
+        verdict = judge.score(finalist)
         if verdict.damage <= allowed:
             return verdict
         failed = verdict
@@ -200,13 +201,8 @@ def as_given(request: Request, builder: Builder, unchanged: Candidate) -> Finali
     return Finalist(unchanged, Realized(request.program, plan), Relative(1.0, 1.0, 1.0, same))
 
 
-def _next(
-    request: Request,
-    builder: Builder,
-    search: Search,
-    limit: float,
-) -> Finalist | None:
-    """The best finalist whose divergence is at most ``limit``; below a limit more are built."""
+def _fitting(request: Request, builder: Builder, search: Search, limit: float) -> list[Finalist]:
+    """Finalists whose divergence is at most ``limit``, the best first; below a limit more are built."""
     goal, costs = search.goal, builder.prepared.costs
     if np.isfinite(limit):
         faithful = [
@@ -221,7 +217,7 @@ def _next(
         for f in builder.done.values()
         if f.candidate.feasible(goal) and f.candidate.surrogate <= limit and affordable(request, builder, f)
     ]
-    return min(fit, key=lambda f: _measured(f, goal), default=None)
+    return sorted(fit, key=lambda f: _measured(f, goal))
 
 
 def infeasible(

@@ -26,6 +26,8 @@ MEND_SHARE = 0.5
 # Plans that miss the drop bound are compensated up to so many times it, and so many of them.
 _REACH = 3.0
 _TRIES = 2
+# Plans that are compensated before the one of least damage is chosen, where that is what is minimized.
+_CONTENDERS = 3
 # Sums of divergences such plans are looked for at, in those of the best feasible plan.
 _BEYOND = (1.4, 2.0, 3.0)
 
@@ -93,6 +95,29 @@ def mend(
     if kept:
         builder.done[genome] = mended
     return mended
+
+
+def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist], goal: Goal) -> Finalist:
+    """The first finalist mended; where damage is minimized, of the first few the one with the least after it.
+
+    What a repair can make up for differs from plan to plan by more than what it is chosen by before.
+
+    Args:
+        request: The budget and the data.
+        builder: Holds what was done.
+        finalists: Finished plans that hold the bounds, the best first; at least one.
+        goal: What the search is after.
+    """
+    if goal.minimize != "damage":
+        return mend(request, builder, finalists[0], goal)
+    tried = finalists[:_CONTENDERS]
+    mended = [mend(request, builder, f, goal, part=1.0 / (len(tried) - i)) for i, f in enumerate(tried)]
+
+    def left(finalist: Finalist, before: Finalist) -> float:
+        told = builder.mended.get(before.candidate.genome)
+        return told.after if told is not None and told.kept else before.candidate.score.damage
+
+    return min(zip(mended, tried, strict=True), key=lambda pair: left(*pair))[0]
 
 
 def _wants_paths(score: Score, goal: Goal) -> bool:

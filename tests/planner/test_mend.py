@@ -113,3 +113,35 @@ def test_a_plan_that_misses_the_bound_a_little_is_repaired_into_it(dropped: lami
 def _bytes(model: ir.Model) -> bytes:
     proto: Any = ir.to_proto(model)
     return bytes(proto.SerializeToString(deterministic=True))
+
+
+def test_where_damage_is_minimized_the_least_damaging_after_compensation_is_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from types import SimpleNamespace
+
+    from lamina.planner import mend as module
+    from lamina.planner.builder import Mending
+
+    def finished(name: str, damage: float) -> Any:
+        score = SimpleNamespace(damage=damage)
+        return SimpleNamespace(candidate=SimpleNamespace(genome=name, score=score))
+
+    after = {"a": (0.04, True), "b": (0.01, True), "c": (0.0, False), "d": (0.0, True)}
+    plans = [finished("a", 0.05), finished("b", 0.06), finished("c", 0.07), finished("d", 0.08)]
+    builder: Any = SimpleNamespace(mended={})
+    parts = []
+
+    def mend(request: Any, builder: Any, finalist: Any, goal: Any, *, part: float = 1.0) -> Any:
+        genome = finalist.candidate.genome
+        left, kept = after[genome]
+        parts.append(part)
+        builder.mended[genome] = Mending(1, finalist.candidate.score.damage, left, kept, 1.0, 0)
+        return finalist
+
+    monkeypatch.setattr(module, "mend", mend)
+    damage: Any = SimpleNamespace(minimize="damage")
+    assert module.mend_best(None, builder, plans, damage).candidate.genome == "b"  # type: ignore[arg-type]
+    assert parts == [pytest.approx(1 / 3), pytest.approx(1 / 2), 1.0]  # d is not looked at
+    latency: Any = SimpleNamespace(minimize="latency")
+    assert module.mend_best(None, builder, plans, latency).candidate.genome == "a"  # type: ignore[arg-type]
