@@ -27,7 +27,7 @@ MEND_SHARE = 0.5
 _REACH = 3.0
 _TRIES = 2
 # Plans that are compensated before the one of least damage is chosen, where that is what is minimized.
-_CONTENDERS = 3
+CONTENDERS = 3
 # Sums of divergences such plans are looked for at, in those of the best feasible plan.
 _BEYOND = (1.4, 2.0, 3.0)
 
@@ -110,7 +110,7 @@ def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist],
     """
     if goal.minimize != "damage":
         return mend(request, builder, finalists[0], goal)
-    tried = finalists[:_CONTENDERS]
+    tried = finalists[:CONTENDERS]
     mended = [mend(request, builder, f, goal, part=1.0 / (len(tried) - i)) for i, f in enumerate(tried)]
 
     def left(finalist: Finalist, before: Finalist) -> float:

@@ -32,7 +32,7 @@ from lamina.planner.builder import Builder, Finalist
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.finish import affordable, shortlist
 from lamina.planner.goal import AIM
-from lamina.planner.mend import MEND_SHARE, mend
+from lamina.planner.mend import CONTENDERS, MEND_SHARE, mend
 from lamina.planner.prepare import Prepared, prepare, sensitivity
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
@@ -122,8 +122,8 @@ class Ready:
         search.run()
         return search
 
-    def chosen(self, search: Search, level: float) -> Finalist | None:
-        """What a contender returns: its least damaging plan that keeps to the latency as measured."""
+    def fitting(self, search: Search, level: float) -> list[Finalist]:
+        """A contender's plans that keep to the latency as measured, the least damaging first."""
         request = replace(self.request, budget=Budget.parse(f"latency<={level:.4f}x"))
         fit = [
             f
@@ -132,7 +132,7 @@ class Ready:
             and f.candidate.feasible(search.goal)
             and affordable(request, self.builder, f)
         ]
-        return min(fit, key=lambda f: f.candidate.objective(search.goal), default=None)
+        return sorted(fit, key=lambda f: f.candidate.objective(search.goal))
 
     def judged(self, finalist: Finalist, *, mended: bool = False) -> tuple[Judged, dict[str, Any]]:
         """Scores on report samples, and what is said of them."""
@@ -194,6 +194,7 @@ def contest(ready: Ready, options: argparse.Namespace, tell: Tell) -> Iterator[d
     """All shares of one model; then again after every plan that was compensated."""
     base = ready.prepared.costs.base["latency"]
     levels = []
+    tops: list[list[Finalist]] = []  # the planner compensates its best plans before it chooses
     for share in options.shares:
         level = share * base
         searches = {}
@@ -204,15 +205,18 @@ def contest(ready: Ready, options: argparse.Namespace, tell: Tell) -> Iterator[d
         first = {c.genome: c for s in searches.values() for c in _feasible(s)[:BUILDS]}
         ready.builder.finish(list(first.values()), seconds=1.0 * (len(first) + 1))
         shortlist(ready.builder, searches[MIX])
-        levels.append((share, level, {name: ready.chosen(s, level) for name, s in searches.items()}))
-    unique = {f.candidate.genome: f for _, _, found in levels for f in found.values() if f is not None}
+        fit = {name: ready.fitting(s, level) for name, s in searches.items()}
+        levels.append((share, level, {name: next(iter(plans), None) for name, plans in fit.items()}))
+        tops.append(fit[MIX][:CONTENDERS])
+    chosen = [f for _, _, found in levels for f in found.values() if f is not None]
+    unique = {f.candidate.genome: f for f in (*chosen, *[f for top in tops for f in top])}
     models = [f.realized.program.model for f in unique.values()]
     seconds = options.timing * (len(models) + 1)
     times = ready.builder.stopwatch.compare(models, seconds=seconds) if models else []
     latency = dict(zip(unique, times, strict=True))
     yield _scored(ready, levels, latency, {})
     mended: dict[Genome, Finalist] = {}
-    mixes = [found[MIX] for _, _, found in levels]
+    mixes = [f for top in tops for f in top]
     still = Goal("latency")  # no paths, which would take time: plans are compared at equal latency
     ordered = sorted(unique.values(), key=lambda f: (f not in mixes, f.candidate.score.damage))
     if not options.mend:
@@ -223,7 +227,7 @@ def contest(ready: Ready, options: argparse.Namespace, tell: Tell) -> Iterator[d
         patient = replace(ready.request, seconds=(options.mend + spent) / MEND_SHARE)
         mended[finalist.candidate.genome] = mend(patient, ready.builder, finalist, still)
         tell(f"{ready.case.name}: compensated {len(mended)} of {len(unique)}")
-        yield _scored(ready, levels, latency, mended)
+        yield _scored(ready, levels, latency, mended, tops)
 
 
 def _feasible(search: Search) -> list[Any]:
@@ -235,10 +239,11 @@ def _scored(
     levels: Sequence[tuple[float, float, dict[str, Finalist | None]]],
     latency: Mapping[Genome, Relative],
     mended: Mapping[Genome, Finalist],
+    tops: Sequence[Sequence[Finalist]] = (),
 ) -> dict[str, Any]:
     """What is known of every chosen plan, bare and compensated, on report samples."""
     rows = []
-    for share, level, found in levels:
+    for place, (share, level, found) in enumerate(levels):
         plans: list[dict[str, Any]] = []
         mix = found[MIX]
         for name, finalist in found.items():
@@ -249,6 +254,8 @@ def _scored(
             facts = _facts(ready, finalist, latency[genome])
             if genome in mended and mended[genome] is not finalist:
                 facts["compensated"] = ready.judged(mended[genome], mended=True)[1]
+            if name == MIX and mended:
+                facts |= _best_compensated(ready, tops[place], mended, latency)
             apart = None if mix is None else ready.difference(finalist, mix)
             plans.append({"name": name, "plan": facts, "planner_minus": apart})
         claims = [
@@ -272,6 +279,25 @@ def _scored(
         "alone": _alone(ready),
         "levels": rows,
     }
+
+
+def _best_compensated(
+    ready: Ready,
+    top: Sequence[Finalist],
+    mended: Mapping[Genome, Finalist],
+    latency: Mapping[Genome, Relative],
+) -> dict[str, Any]:
+    """The planner's plan of least damage on selection samples after compensation."""
+
+    def left(finalist: Finalist) -> float:
+        told = ready.builder.mended.get(finalist.candidate.genome)
+        return told.after if told is not None and told.kept else finalist.candidate.score.damage
+
+    genome = min(top, key=left).candidate.genome
+    if genome not in mended:
+        return {}
+    times = {"latency": latency[genome].ratio}
+    return {"compensated": ready.judged(mended[genome], mended=True)[1] | times}
 
 
 def _facts(ready: Ready, finalist: Finalist, relative: Relative) -> dict[str, Any]:
