@@ -17,7 +17,8 @@ LENGTH = 5
 class Network:
     """A stream that random writers write to and normalizations read; some break the rules of a fold."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, root_mean_square: bool = False) -> None:
+        self.root_mean_square = root_mean_square
         self.rng = np.random.default_rng(seed)
         self.width = int(self.rng.choice([3, 4, 8]))
         self.w = Weights(seed, self.width)
@@ -60,10 +61,16 @@ class Network:
         last = self.rng.choice(["Neg", "Identity", "Tanh"], p=[0.45, 0.45, 0.1])
         return f"{product} {name}_h = Mul({name}_s, half) {name} = {last}({name}_h)"
 
+    def norm(self, name: str, x: str) -> str:
+        text = norm(self.w, name, x)
+        if not self.root_mean_square:
+            return text
+        return text.replace("LayerNormalization", "RMSNormalization").replace(f", {name}_b", "")
+
     def read(self, i: int, x: str) -> None:
         """A normalization of the stream and one or two readers of it."""
         w, name = self.w, f"n{i}"
-        self.text.append(norm(w, name, x))
+        self.text.append(self.norm(name, x))
         if self.chance(0.2):
             w[f"{name}_g"] = np.full(self.width, 1.3, F)
         if self.chance(0.2):
@@ -98,10 +105,17 @@ class Network:
                 self.text.append(f"z{i} = Mul({x}, n{i}_g)")
                 x = f"z{i}"
         self.w.matrix("head", self.width, 3)
-        self.text.append(norm(self.w, "last", x) + " logits = MatMul(last, head)")
+        self.text.append(self.norm("last", x) + " logits = MatMul(last, head)")
         more = "".join(f", float[N,{LENGTH},{self.width}] {name}" for name in self.outputs)
         inputs = f"int64[N,{LENGTH}] ids, float[N,{LENGTH},4] a"
-        return build(" ".join(self.text), self.w, inputs, f"float[N,{LENGTH},3] logits{more}")
+        outputs = f"float[N,{LENGTH},3] logits{more}"
+        opset = 23 if self.root_mean_square else 18
+        return build(" ".join(self.text), self.w, inputs, outputs, opset)
+
+
+def feed_of(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {"ids": rng.integers(0, WORDS, (2, LENGTH)), "a": rng.normal(size=(2, LENGTH, 4)).astype(F)}
 
 
 @pytest.mark.parametrize("block", range(4))
@@ -109,8 +123,7 @@ def test_random_networks_keep_their_function(block: int) -> None:
     fired = 0
     for seed in range(block * 12, block * 12 + 12):
         before = Network(seed).program()
-        rng = np.random.default_rng(seed)
-        feed = {"ids": rng.integers(0, WORDS, (2, LENGTH)), "a": rng.normal(size=(2, LENGTH, 4)).astype(F)}
+        feed = feed_of(seed)
         expected = run(before, feed)
         for forms in FORMS:
             after, names, records = fold(before, forms=forms, only=())
@@ -119,3 +132,16 @@ def test_random_networks_keep_their_function(block: int) -> None:
             for want, got in zip(expected, run(after, feed), strict=True):
                 assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), (seed, forms)
     assert fired >= 12
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_networks_of_root_mean_squares_turn_or_stay(block: int) -> None:
+    fired = 0
+    for seed in range(block * 24, block * 24 + 24):
+        before = Network(seed, root_mean_square=True).program()
+        after, names, records = fold(before, forms=["rotate_fold"], only=())
+        assert not [r for r in records if r.why.startswith("undone")]
+        fired += "rotate_fold" in names
+        for want, got in zip(run(before, feed_of(seed)), run(after, feed_of(seed)), strict=True):
+            assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), seed
+    assert 4 <= fired < 24

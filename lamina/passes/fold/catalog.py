@@ -61,8 +61,19 @@ FORMS: tuple[str, ...] = (
     "fuse_attention",
 )
 
-# Exact, but worth something only before quantizing: fold(forms=[...]) applies them when asked to.
-ON_REQUEST: tuple[str, ...] = ("equalize_layers",)
+# Exact, but worth something only before quantizing: fold(forms=[...]) applies them when asked to, in this
+# order and after FORMS.
+ON_REQUEST: tuple[str, ...] = ("equalize_layers", "rotate_fold")
+
+# Form -> the forms it builds on: whoever asks for it gets them too.
+FOUNDATIONS: dict[str, tuple[str, ...]] = {
+    "rotate_fold": (
+        "fuse_layer_normalization",
+        "fuse_rms_normalization",
+        "fold_layernorm_mean",
+        "fold_norm_affine",
+    ),
+}
 
 # After lossy moves, which leave conversions and dead weights behind.
 CLEANUP: tuple[str, ...] = (

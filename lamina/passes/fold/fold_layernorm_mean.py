@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,13 +10,13 @@ import onnx_ir as ir
 
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.channels import discard, replace_constant
-from lamina.passes.fold.graph import LocalFold, Operators, attribute, constant, substitute
-from lamina.passes.fold.streams import Stream, plain_layer_norm, stream_of
+from lamina.passes.fold.graph import attribute, constant, is_op, substitute
+from lamina.passes.fold.streams import Stream, StreamFold, Walk, label, plain_norm
 from lamina.passes.pass_ import Effect, Rounding
 
 
 @dataclass(frozen=True)
-class FoldLayernormMean(LocalFold):
+class FoldLayernormMean(StreamFold):
     """Replace every ``LayerNormalization`` of a residual stream by ``RMSNormalization``.
 
     With C = I - 11'/d, LN(x) = RMSNorm(C x) with the same gain, plus the bias. C is folded into what writes
@@ -38,23 +37,15 @@ class FoldLayernormMean(LocalFold):
     minimum_opset: ClassVar[int] = 23
     anchors: ClassVar[tuple[str, ...]] = ("LayerNormalization",)
 
-    def match(self, node: ir.Node) -> Stream | str | None:
-        """The stream that a normalization reads, or what keeps its mean in it."""
-        source = node.inputs[0]
-        if not plain_layer_norm(node) or source is None or source.dtype is not ir.DataType.FLOAT:
-            return None
-        return _verdict(stream_of(node))
-
-    def apply(self, rewriter: Rewriter) -> None:
-        """Rewrite every stream, once all are walked: a reader of one may write to another."""
-        rewriter.require_opset(self.minimum_opset)
-        for node, found in list(self._found(rewriter.graph)):
-            if not isinstance(found, str):
-                self.rewrite(node, found, rewriter)
+    def walk(self, norm: ir.Node) -> Stream:
+        """The stream that a layer normalization reads, as far as its mean goes."""
+        source = norm.inputs[0]
+        assert source is not None
+        return _Centring(norm.graph).run(source)
 
     def rewrite(self, node: ir.Node, match: Any, rewriter: Rewriter) -> None:
         """Centre the writers, then write the cheaper operator for every reader."""
-        for value, axis in match.constants.items():
+        for value, (axis,) in match.constants.items():
             centred = _centred(value, axis)
             if centred is not None:
                 replace_constant(rewriter, value, centred, "centred")
@@ -63,25 +54,52 @@ class FoldLayernormMean(LocalFold):
             _write(norm, rewriter)
             rewriter.record(self.name, where, f"the stream is centred by {len(match.constants)} constants")
 
-    def _found(self, graph: ir.Graph, operators: Operators | None = None) -> Iterator[tuple[ir.Node, Any]]:
-        """One finding a stream, however many normalizations read it: each stream is walked once."""
-        seen: set[ir.Node] = set()
-        for node in [n for n in graph if plain_layer_norm(n)]:
-            source = node.inputs[0]
-            if node in seen or node.graph is not graph or source is None:
-                continue
-            if source.dtype is not ir.DataType.FLOAT:
-                continue
-            stream = stream_of(node)
-            seen.update(stream.readers)
-            yield node, _verdict(stream)
+
+class _Centring(Walk):
+    """Where the mean over the channels goes: layer normalizations take it out."""
+
+    only_reader: ClassVar[str] = "no layer normalization over its channels"
+
+    def written(self, node: ir.Node, axis: int, size: int) -> dict[int, int] | str:
+        if is_op(node, "LayerNormalization"):
+            return _normalized(node, axis)
+        return super().written(node, axis, size)
+
+    def read(self, node: ir.Node, index: int, axis: int) -> bool:
+        if not plain_norm(node, "LayerNormalization") or index != 0 or axis != -1:
+            return False
+        self.stream.readers.append(node)
+        return True
+
+    def check(self, value: ir.Value) -> None:
+        """Whether centring a constant is seen by this stream only, or changes nothing."""
+        stream, array = self.stream, constant(value)
+        if array is None or array.dtype != np.float32:
+            stream.refuse(f"'{value.name}' writes to it and is not a float32 constant")
+            return
+        axis, *more = stream.constants[value]
+        if more:
+            stream.refuse(f"'{value.name}' is used with its channels on two axes")
+            return
+        others = [u.node for u in value.uses() if (u.node, u.idx) not in stream.roles]
+        if (others or value.is_graph_output()) and np.any(array.mean(axis=axis, dtype=np.float64) != 0):
+            reader = label(others[0]) if others else "the interface"
+            stream.refuse(f"'{value.name}' writes to it, and {reader} reads the same weight")
 
 
-def _verdict(stream: Stream) -> Stream | str:
-    if stream.obstacle is None:
-        return stream
-    count = len(set(stream.readers))
-    return f"{count} normalization{'s' if count > 1 else ''} of one residual stream: {stream.obstacle}"
+def _normalized(node: ir.Node, axis: int) -> dict[int, int] | str:
+    """A normalization's own output has no mean only if its gain is the same for all channels."""
+    gain = constant(node.inputs[1])
+    uniform = gain is not None and np.ptp(gain) == 0
+    if axis != -1 or not plain_norm(node, "LayerNormalization") or not uniform:
+        return (
+            f"{label(node)} writes to it (post-norm), and its gain differs between channels,"
+            " so that its output has a mean"
+        )
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and constant(bias) is None:
+        return f"{label(node)} writes to it with a computed bias"
+    return {} if bias is None else {2: -1}
 
 
 def _centred(value: ir.Value, axis: int) -> np.ndarray[Any, Any] | None:

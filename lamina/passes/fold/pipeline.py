@@ -17,7 +17,9 @@ from lamina.passes.fold.catalog import (
     CLEANUP,
     FOLDS,
     FORMS,
+    FOUNDATIONS,
     LAST,
+    ON_REQUEST,
     TIDY,
     UNAFFECTED,
     canonical,
@@ -48,7 +50,9 @@ def fold(
 
     Args:
         program: What to fold; it is not changed.
-        forms: Names out of :func:`form_names`; they are applied in that function's order.
+        forms: Names out of :func:`form_names`, applied in that function's order, or of
+            :data:`lamina.passes.fold.catalog.ON_REQUEST`, applied after them; those that one builds on
+            (:data:`lamina.passes.fold.catalog.FOUNDATIONS`) are applied too.
         only: Apply these of the always-applied folds instead of all.
         without: Leave these out, wherever they would run.
 
@@ -61,7 +65,9 @@ def fold(
     """
     always = FOLDS if only is None else tuple(canonical(n) for n in only)
     chosen = {canonical(n) for n in forms}
-    ordered = [n for n in FORMS if n in chosen] + [n for n in chosen if n not in FORMS]
+    chosen.update(below for name in tuple(chosen) for below in FOUNDATIONS.get(name, ()))
+    order = dict.fromkeys((*FORMS, *ON_REQUEST, *sorted(chosen)))
+    ordered = [name for name in order if name in chosen]
     banned = {canonical(n) for n in without}
     with collector_paused():
         run = _folded(program, always, ordered, banned)

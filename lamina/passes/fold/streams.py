@@ -1,16 +1,25 @@
-"""Residual streams: the values that layer normalizations read, joined by sums, and who writes to them."""
+"""Residual streams: the values that normalizations read, joined by sums, who writes to them and who reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from lamina.ir.rewriter import Rewriter
 from lamina.passes.fold.channels import channels_of, link, linked_output
-from lamina.passes.fold.graph import attribute, constant, is_op, normalized_axis, rank_of
+from lamina.passes.fold.graph import (
+    LocalFold,
+    Operators,
+    attribute,
+    constant,
+    is_op,
+    normalized_axis,
+    rank_of,
+)
 
 _SHAPES = ("Shape", "Size")
 
@@ -20,22 +29,30 @@ class Stream:
     """One residual stream, every value of which is the sum of what linear writers give.
 
     Attributes:
-        readers: The layer normalizations that read it.
-        constants: What makes it zero-mean when it is: weights, biases, tables; each with its channel axis.
-        obstacle: The first reason why it cannot be centred.
+        readers: The normalizations that read it.
+        constants: What a linear map over its channels is folded into: weights, biases, tables; each with
+            the axes that are its channels.
+        obstacle: The first reason why no map can be folded into it.
         axes: Its values, each with its channel axis.
-        roles: The operands, as node and index, through which ``constants`` enter it.
+        roles: The operands, as node and index, that are ``constants`` or values of it; each with its axes.
     """
 
     readers: list[ir.Node] = field(default_factory=list)
-    constants: dict[ir.Value, int] = field(default_factory=dict)
+    constants: dict[ir.Value, set[int]] = field(default_factory=dict)
     obstacle: str | None = None
     axes: dict[ir.Value, int] = field(default_factory=dict)
-    roles: set[tuple[ir.Node, int]] = field(default_factory=set)
+    roles: dict[tuple[ir.Node, int], set[int]] = field(default_factory=dict)
 
     def refuse(self, reason: str) -> None:
         """Keep the first reason; the walk goes on, so that one stream is walked once."""
         self.obstacle = self.obstacle or reason
+
+    def weigh(self, node: ir.Node, index: int, axis: int) -> None:
+        """Note that ``axis`` of a constant operand is the channels."""
+        value = node.inputs[index]
+        self.roles.setdefault((node, index), set()).add(axis)
+        if value is not None:
+            self.constants.setdefault(value, set()).add(axis)
 
 
 def label(node: ir.Node) -> str:
@@ -43,57 +60,152 @@ def label(node: ir.Node) -> str:
     return f"{node.op_type} '{node.name}'"
 
 
-def plain_layer_norm(node: ir.Node | None) -> bool:
-    """Whether ``node`` is a LayerNormalization over the last axis that gives only its result."""
-    if node is None or not is_op(node, "LayerNormalization") or any(v.name for v in node.outputs[1:]):
+def plain_norm(node: ir.Node | None, *op_types: str) -> bool:
+    """Whether ``node`` is such a normalization over the last axis that gives only its result."""
+    if node is None or not is_op(node, *op_types) or any(v.name for v in node.outputs[1:]):
         return False
     return normalized_axis(attribute(node, "axis", -1), rank_of(node.inputs[0])) == -1
 
 
-def stream_of(norm: ir.Node) -> Stream:
-    """Walk the residual stream that a plain layer normalization reads, to its ends. Reads only."""
-    stream = Stream()
-    start = norm.inputs[0]
-    pending: list[tuple[ir.Value, int]] = [] if start is None else [(start, -1)]
-    while pending:
-        value, axis = pending.pop()
-        if value in stream.axes:
-            if stream.axes[value] != axis:
-                stream.refuse(f"'{value.name}' is read with its channels on two axes")
-            continue
-        stream.axes[value] = axis
-        pending.extend(_behind(value, axis, stream))
-        if value not in stream.constants:
-            pending.extend(_ahead(value, axis, norm.graph, stream))
-    for value in stream.constants:
-        _check_constant(value, stream)
-    return stream
+class Walk:
+    """The walk of one residual stream to its ends; reads only.
+
+    A subclass says what a linear map over the channels, the same for all of the stream, may pass and where
+    it ends: :meth:`carried` and :meth:`handed` beyond operators that commute with every such map,
+    :meth:`written` for those who write, :meth:`read` for those who read, :meth:`check` for constants.
+
+    Args:
+        graph: Where the stream is; whoever reads it elsewhere is an obstacle.
+    """
+
+    only_reader: ClassVar[str] = ""
+
+    def __init__(self, graph: Any) -> None:
+        self.graph = graph
+        self.stream = Stream()
+
+    def run(self, start: ir.Value) -> Stream:
+        """The stream that ``start`` belongs to, whose channels lie along its last axis."""
+        stream = self.stream
+        pending = [(start, -1)]
+        while pending:
+            value, axis = pending.pop()
+            if value in stream.axes:
+                if stream.axes[value] != axis:
+                    stream.refuse(f"'{value.name}' is read with its channels on two axes")
+                continue
+            stream.axes[value] = axis
+            pending.extend(self._behind(value, axis))
+            if value not in stream.constants:
+                pending.extend(self._ahead(value, axis))
+        for value in stream.constants:
+            self.check(value)
+        return stream
+
+    def carried(self, node: ir.Node, axis: int) -> dict[int, int] | None:
+        """The operands that hold the channels of ``node``'s output, each with its axis."""
+        return link(node, axis)
+
+    def handed(self, node: ir.Node, index: int, axis: int) -> int | None:
+        """The axis of the output that ``axis`` of an operand becomes."""
+        return linked_output(node, index, axis)
+
+    def written(self, node: ir.Node, axis: int, size: int) -> dict[int, int] | str:
+        """The operands a linear writer gets its channels from, each with its axis; or why it is none."""
+        return _written(node, axis, size)
+
+    def read(self, node: ir.Node, index: int, axis: int) -> bool:
+        """Whether the stream may end at this reader, which is noted then."""
+        raise NotImplementedError
+
+    def check(self, value: ir.Value) -> None:
+        """Refuse where a constant cannot take the map, or somebody else would see it."""
+        raise NotImplementedError
+
+    def _behind(self, value: ir.Value, axis: int) -> Iterator[tuple[ir.Value, int]]:
+        """The values whose sum ``value`` is; what computes it linearly is noted as a writer."""
+        stream, node = self.stream, value.producer()
+        if constant(value) is not None:
+            stream.constants.setdefault(value, set()).add(axis)
+            return
+        if node is None:
+            stream.refuse(f"the input '{value.name}' writes to it")
+            return
+        carried = self.carried(node, axis)
+        if carried is not None:
+            for index, along in carried.items():
+                stream.roles.setdefault((node, index), set()).add(along)
+                if (operand := node.inputs[index]) is not None:
+                    yield operand, along
+            return
+        size = channels_of(value, axis)
+        found = "the number of its channels is unknown" if size is None else self.written(node, axis, size)
+        if isinstance(found, str):
+            stream.refuse(found)
+            return
+        for index, along in found.items():
+            stream.weigh(node, index, along)
+
+    def _ahead(self, value: ir.Value, axis: int) -> Iterator[tuple[ir.Value, int]]:
+        """The sums that ``value`` enters; a reader that would see the map is an obstacle."""
+        stream = self.stream
+        if value.is_graph_output():
+            stream.refuse(f"it leaves as the output '{value.name}'")
+        for use in value.uses():
+            node = use.node
+            if node.graph is not self.graph:
+                stream.refuse(f"{label(node)} of a subgraph reads it")
+            elif is_op(node, *_SHAPES) or self.read(node, use.idx, axis):
+                continue
+            else:
+                after = self.handed(node, use.idx, axis)
+                if after is None:
+                    stream.refuse(f"{label(node)} reads it and is {self.only_reader}")
+                else:
+                    yield node.outputs[0], after
 
 
-def _behind(value: ir.Value, axis: int, stream: Stream) -> Iterator[tuple[ir.Value, int]]:
-    """The values whose sum ``value`` is; what computes it linearly is noted as a writer."""
-    node = value.producer()
-    if constant(value) is not None:
-        stream.constants[value] = axis
-        return
-    if node is None:
-        stream.refuse(f"the input '{value.name}' writes to it")
-        return
-    carried = link(node, axis)
-    if carried is not None:
-        stream.roles.update((node, i) for i in carried)
-        yield from ((v, a) for i, a in carried.items() if (v := node.inputs[i]) is not None)
-        return
-    size = channels_of(value, axis)
-    found = "the number of its channels is unknown" if size is None else _written(node, axis, size)
-    if isinstance(found, str):
-        stream.refuse(found)
-        return
-    for index, along in found.items():
-        weight = node.inputs[index]
-        stream.roles.add((node, index))
-        if weight is not None and stream.constants.setdefault(weight, along) != along:
-            stream.refuse(f"'{weight.name}' is used with its channels on two axes")
+class StreamFold(LocalFold):
+    """A fold of whole streams: one finding a stream, however many normalizations read it.
+
+    A subclass names the normalizations it starts from as its anchors, and walks from one in :meth:`walk`.
+    """
+
+    def walk(self, norm: ir.Node) -> Stream:
+        """The stream that a normalization reads."""
+        raise NotImplementedError
+
+    def match(self, node: ir.Node) -> Stream | str | None:
+        """The stream that a normalization reads, or what keeps the fold from it."""
+        return self._verdict(self.walk(node)) if self._starts(node) else None
+
+    def apply(self, rewriter: Rewriter) -> None:
+        """Rewrite every stream, once all are walked: a reader of one may write to another."""
+        rewriter.require_opset(self.minimum_opset)
+        for node, found in list(self._found(rewriter.graph)):
+            if not isinstance(found, str):
+                self.rewrite(node, found, rewriter)
+
+    def _starts(self, node: ir.Node) -> bool:
+        source = node.inputs[0]
+        return plain_norm(node, *self.anchors) and source is not None and source.dtype is ir.DataType.FLOAT
+
+    def _found(self, graph: ir.Graph, operators: Operators | None = None) -> Iterator[tuple[ir.Node, Any]]:
+        seen: set[ir.Node] = set()
+        nodes: Iterable[ir.Node] = graph if operators is None else operators.named(self.anchors)
+        for node in [n for n in nodes if is_op(n, *self.anchors)]:
+            if node in seen or node.graph is not graph or not self._starts(node):
+                continue
+            stream = self.walk(node)
+            seen.update(stream.readers)
+            if (found := self._verdict(stream)) is not None:
+                yield node, found
+
+    def _verdict(self, stream: Stream) -> Stream | str | None:
+        if stream.obstacle is None:
+            return stream
+        count = len(set(stream.readers))
+        return f"{count} normalization{'s' if count > 1 else ''} of one residual stream: {stream.obstacle}"
 
 
 def _written(node: ir.Node, axis: int, size: int) -> dict[int, int] | str:
@@ -107,8 +219,6 @@ def _written(node: ir.Node, axis: int, size: int) -> dict[int, int] | str:
         if attribute(node, "group", 1) != 1:
             return f"{label(node)} writes to it in groups of channels"
         return _weights(node, {1: -rank if node.op_type == "Conv" else 1 - rank, 2: -1}, size)
-    if is_op(node, "LayerNormalization"):
-        return _normalized(node, axis)
     if is_op(node, "Mul", "Div"):
         return f"{label(node)} scales its channels: fold that into the weights before it first"
     return f"{label(node)} writes to it and is not linear with constant weights"
@@ -128,50 +238,3 @@ def _weights(node: ir.Node, axes: dict[int, int], size: int) -> dict[int, int] |
             return f"{label(node)} writes to it with a weight or bias that is broadcast over its channels"
         found[index] = axis
     return found
-
-
-def _normalized(node: ir.Node, axis: int) -> dict[int, int] | str:
-    """A normalization's own output has no mean only if its gain is the same for all channels."""
-    gain = constant(node.inputs[1])
-    if axis != -1 or not plain_layer_norm(node) or gain is None or np.ptp(gain) != 0:
-        return (
-            f"{label(node)} writes to it (post-norm), and its gain differs between channels,"
-            " so that its output has a mean"
-        )
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and constant(bias) is None:
-        return f"{label(node)} writes to it with a computed bias"
-    return {} if bias is None else {2: -1}
-
-
-def _ahead(value: ir.Value, axis: int, graph: Any, stream: Stream) -> Iterator[tuple[ir.Value, int]]:
-    """The sums that ``value`` enters; a reader that sees its mean is an obstacle."""
-    if value.is_graph_output():
-        stream.refuse(f"it leaves as the output '{value.name}'")
-    for use in value.uses():
-        node = use.node
-        if node.graph is not graph:
-            stream.refuse(f"{label(node)} of a subgraph reads it")
-        elif is_op(node, *_SHAPES):
-            continue
-        elif plain_layer_norm(node) and use.idx == 0 and axis == -1:
-            stream.readers.append(node)
-        else:
-            after = linked_output(node, use.idx, axis)
-            if after is None:
-                stream.refuse(f"{label(node)} reads it and is no layer normalization over its channels")
-            else:
-                yield node.outputs[0], after
-
-
-def _check_constant(value: ir.Value, stream: Stream) -> None:
-    """Whether centring a constant is seen by this stream only, or changes nothing."""
-    array = constant(value)
-    if array is None or array.dtype != np.float32:
-        stream.refuse(f"'{value.name}' writes to it and is not a float32 constant")
-        return
-    others = [u.node for u in value.uses() if (u.node, u.idx) not in stream.roles]
-    axis = stream.constants[value]
-    if (others or value.is_graph_output()) and np.any(array.mean(axis=axis, dtype=np.float64) != 0):
-        reader = label(others[0]) if others else "the interface"
-        stream.refuse(f"'{value.name}' writes to it, and {reader} reads the same weight")
