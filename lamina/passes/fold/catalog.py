@@ -63,7 +63,7 @@ FORMS: tuple[str, ...] = (
 
 # Exact, but worth something only before quantizing: fold(forms=[...]) applies them when asked to, in this
 # order and after FORMS.
-ON_REQUEST: tuple[str, ...] = ("equalize_layers", "rotate_fold")
+ON_REQUEST: tuple[str, ...] = ("equalize_layers", "rotate_fold", "sort_channels")
 
 # Form -> the forms it builds on: whoever asks for it gets them too.
 FOUNDATIONS: dict[str, tuple[str, ...]] = {
