@@ -1,10 +1,12 @@
 """Damage against size of weight-only quantization, uniform over a model, beside ONNX Runtime's quantizers.
 
     python -m tools.studies.precision --out FILE [--models kwt1 minilm] [--schemes "stored-w4 descent"]
+        [--forms rotate_fold]
 
 For each model and scheme: bytes, divergence from the original's outputs on report data, the task's metric
-there, CPU seconds. Results go into FILE (JSON) one by one; what it has is kept. One thread. Reads
-../shared/data (or $LAMINA_REFERENCE).
+there, CPU seconds. ``--forms`` writes exact forms before, to see what they do to few bits; "original" is then
+the formed model in float, and names of schemes end in the forms. Results go into FILE (JSON) one by one; what
+it has is kept. One thread. Reads ../shared/data (or $LAMINA_REFERENCE).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +48,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--schemes", nargs="*", choices=list(SCHEMES), default=list(SCHEMES))
+    parser.add_argument("--forms", nargs="*", default=[], help="exact forms to write before quantizing")
     options = parser.parse_args(arguments)
+    written = "".join(f" + {form}" for form in options.forms)
     rows: list[Row] = json.loads(options.out.read_text()) if options.out.exists() else []
     for name in options.models:
         done = {r["scheme"] for r in rows if r["model"] == name}
-        missing = [s for s in options.schemes if s not in done]
+        missing = [s for s in options.schemes if s + written not in done]
         if missing:
-            for row in measure(name, missing):
+            for row in measure(name, missing, options.forms):
+                row["scheme"] += written
                 if row["scheme"] in done:
                     continue
                 rows.append(row)
@@ -61,12 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(summary(rows))
 
 
-def measure(name: str, schemes: list[str]) -> Iterator[Row]:
-    """One row a scheme, and one of the original."""
+def measure(name: str, schemes: list[str], forms: Sequence[str] = ()) -> Iterator[Row]:
+    """One row a scheme, and one of the original in these forms."""
     captured, calibration, report, metric = load(name)
-    program = fold(captured)[0]
-    divergence, task = get_metric(None, program), get_metric(metric, program)
-    plain = runner(ir.to_proto(program.model))
+    original, program = fold(captured)[0], fold(captured, forms=forms)[0]
+    divergence, task = get_metric(None, original), get_metric(metric, original)
+    plain = runner(ir.to_proto(original.model))
 
     def judge(model: onnx.ModelProto) -> Row:
         run = runner(model)
@@ -161,7 +166,7 @@ def _over_best_peer(rows: list[Row], model: str, scheme: str, bits: int) -> floa
 
 
 def _line(row: Row) -> str:
-    head = f"{row['model']:12s} {row['scheme']:22s}"
+    head = f"{row['model']:12s} {row['scheme']:44s}"
     if "error" in row:
         return f"{head} {row['error']}"
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ from lamina.ir.program import Program
 from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize import Quantize
 from lamina.passes.quantize.rounding import Rounding, round_options
+from lamina.passes.quantize.token_weights import attention_received
 from lamina.planner.apply import apply_moves
 from lamina.planner.plan import Move
 
+RECEIVED = "attention_received"
 Scheme = Callable[[Program, Dataset], onnx.ModelProto]
 
 
@@ -35,6 +38,16 @@ def ours(form: str, method: str, *, clipping: str = "mse", rounding: str = "near
         options = round_options(program, chosen, data, Rounding(method, **how), threads=1)
         moves = [Move(site, option) for (site, _), option in zip(chosen, options, strict=True)]
         return ir.to_proto(apply_moves(program, moves).model)
+
+    return make
+
+
+def by_attention(scheme: Scheme) -> Scheme:
+    """``scheme`` on data that says how much attention each token receives (rsq)."""
+
+    def make(program: Program, data: Dataset) -> onnx.ModelProto:
+        received = attention_received(program, data, threads=1)
+        return scheme(program, replace(data, extras={**data.extras, RECEIVED: received}))
 
     return make
 
@@ -82,6 +95,9 @@ SCHEMES: dict[str, tuple[int, str, Scheme]] = {
     "stored-w8 descent": (8, "lamina", ours("stored-w8", "descent")),
     "blocks-w4 nearest": (4, "lamina", ours("w4", "nearest")),
     "blocks-w4 descent": (4, "lamina", ours("w4", "descent")),
+    "blocks-w4 descent+rsq": (4, "lamina", by_attention(ours("w4", "descent", weights=RECEIVED))),
+    "blocks-w4 gptq": (4, "lamina", ours("w4", "gptq", propagate=0.0)),
+    "blocks-w4 gptq+rsq": (4, "lamina", by_attention(ours("w4", "gptq", propagate=0.0, weights=RECEIVED))),
 }
 for _bits in (4, 3, 2):
     _form = f"stored-w{_bits}"
