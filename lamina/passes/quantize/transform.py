@@ -15,7 +15,7 @@ from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Effect, Form, Lossy, Need, Option, Refusal, Site, Transform
-from lamina.passes.quantize import carriers, dynamic, float16, static, weight_only
+from lamina.passes.quantize import carriers, dynamic, float16, static, w4a8, weight_only
 from lamina.passes.quantize.activations import activation_range, shares_mean
 from lamina.passes.quantize.bias_correction import bias_shift
 from lamina.passes.quantize.graph import FLOAT
@@ -39,6 +39,8 @@ FORMS = (
     "bfloat16",
     "float16-compute",
 )
+# Slower than w4, with more error, wherever measured (docs/precision.md): offered when asked for by name.
+NAMED_FORMS = (w4a8.NAME,)
 _LINEAR = ("matmul", "gemm")
 _BLOCKS = ("w8", "w4", "w2")
 _STORED = ("conv", "convtranspose", "recurrent", "embedding", *_LINEAR)
@@ -51,6 +53,7 @@ _EMITTERS: dict[tuple[str, str], Emitter] = {
     **{(kind, "w8a8-static"): static.emit_linear for kind in _LINEAR},
     **{(kind, "w8a8-dynamic"): dynamic.emit_linear for kind in _LINEAR},
     **{(kind, name): weight_only.emit_blocks for kind in _LINEAR for name in _BLOCKS},
+    **{(kind, w4a8.NAME): w4a8.emit_w4a8 for kind in _LINEAR},
     **{(kind, "stored-w8"): weight_only.emit_stored for kind in _STORED},
     **{
         (kind, f"stored-w{bits}"): weight_only.emit_stored
@@ -73,9 +76,9 @@ class Quantize(Transform):
     Options, where they apply and the target has kernels: ``w8a8-static`` (uint8 activations by calibrated
     ranges, int8 weights a scale a channel), ``w8a8-dynamic`` (activation ranges at run time), ``w8``,
     ``w4`` and ``w2`` (weights in blocks, fused kernels), ``stored-w8`` to ``stored-w2`` and ``float16``
-    (weights small in the file, widened at load, no run time), ``float16-compute``. Carriers (Add, pooling,
-    mean, Concat, Pad) offer ``w8a8-static`` only: alone they cost, between quantized convolutions they spare
-    two conversions. ConvTranspose, LSTM, GRU and RNN are stored small only.
+    (weights small in the file, widened at load, no run time), ``float16-compute``; by name ``w4a8``. Carriers
+    (Add, pooling, mean, Concat, Pad) offer ``w8a8-static`` only: alone they cost, between quantized
+    convolutions they spare two conversions. ConvTranspose, LSTM, GRU and RNN are stored small only.
 
     Fires: Conv with the Relu or Clip behind it, Gemm, MatMul with a constant matrix on either side and the
     bias Add behind it, Gather from a constant float table, ConvTranspose, LSTM, GRU and RNN; on request
@@ -87,7 +90,7 @@ class Quantize(Transform):
     Source: Jacob et al. 2018, arXiv:1712.05877 (integer arithmetic). Deviates: clipping is searched.
 
     Attributes:
-        forms: Options to offer, a subset of :data:`FORMS`.
+        forms: Options to offer, out of :data:`FORMS` and :data:`NAMED_FORMS`.
         ranges: How activation ranges are chosen: ``mse``, ``percentile``, ``minmax`` or ``entropy``.
         clipping: How weight ranges are chosen: ``mse`` or ``minmax``.
         smoothing: Rules that scales between an activation's channels and its weights are chosen from: alphas
@@ -132,9 +135,10 @@ class Quantize(Transform):
     )
 
     def __post_init__(self) -> None:
-        unknown = [form for form in self.forms if form not in FORMS]
+        unknown = [form for form in self.forms if form not in (*FORMS, *NAMED_FORMS)]
         if unknown:
-            raise PassError(f"quantize has no form '{unknown[0]}'", advice=f"choose from: {', '.join(FORMS)}")
+            names = ", ".join((*FORMS, *NAMED_FORMS))
+            raise PassError(f"quantize has no form '{unknown[0]}'", advice=f"choose from: {names}")
         if self.ranges not in RANGE_METHODS:
             raise PassError(
                 f"range method '{self.ranges}' is unknown", advice=f"choose one of {RANGE_METHODS}"
@@ -213,7 +217,8 @@ class Quantize(Transform):
             return True
         if form.startswith("stored") or form == "float16":
             return form not in kernels.get("refused", ())
-        return form in kernels.get("forms", {form: ()})
+        kernel = "w4" if form == w4a8.NAME else form
+        return kernel in kernels.get("forms", {kernel: ()})
 
     def _weight_bits(self, form: str, target: Any) -> int:
         """Bits of weights that meet 8-bit activations in one product."""
@@ -239,11 +244,13 @@ class Quantize(Transform):
             if (found := self._smoothing(site, program, statistics, bits, None)) is not None:
                 given["smooth"] = found.parameters()
             return Option(form, self._corrected(given, site, program, statistics))
-        width = int(form[-1])
+        width = 4 if form == w4a8.NAME else int(form[-1])
         parameters: dict[str, Any] = {"weight_bits": width, "clipping": self.clipping}
-        if form in _BLOCKS:
+        if form in _BLOCKS or form == w4a8.NAME:
             if is_left(site, program):
                 return None
+            if form == w4a8.NAME:
+                parameters |= w4a8.activation_parameters(site, program, statistics, self.ranges)
             return Option(form, {**parameters, "block": self.block, "opset": 25 if width == 2 else 21})
         block = stored_block(site, program, self.block)
         if block is None:

@@ -22,7 +22,7 @@ from lamina.passes.quantize.bits import emit_codes, short_name
 from lamina.passes.quantize.coded import Coded, coded
 from lamina.passes.quantize.graph import FLOAT, attributes, common, constant_array, shared
 from lamina.passes.quantize.higgs import rotation
-from lamina.passes.quantize.linear import linear_of
+from lamina.passes.quantize.linear import Linear, linear_of
 from lamina.passes.quantize.static import channel_weights
 
 _KINDS = {8: ir.DataType.INT8, 4: ir.DataType.UINT4, 2: ir.DataType.UINT2}
@@ -30,8 +30,15 @@ _KINDS = {8: ir.DataType.INT8, 4: ir.DataType.UINT4, 2: ir.DataType.UINT2}
 
 def emit_blocks(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[str, ir.Node]) -> ir.Value:
     """MatMul or Gemm with a weight in blocks: becomes MatMulNBits."""
-    rewriter.require_opset(int(option.parameters["opset"]))
-    product, parameters = linear_of(site, nodes), option.parameters
+    product = linear_of(site, nodes)
+    return write_blocks(site, option.parameters, rewriter, product, product.activation)
+
+
+def write_blocks(
+    site: Site, parameters: Mapping[str, Any], rewriter: Rewriter, product: Linear, x: ir.Value
+) -> ir.Value:
+    """``x`` times the weight of ``product`` in blocks, and its bias."""
+    rewriter.require_opset(int(parameters["opset"]))
     made, kind = coded(product.weight, parameters, product.channel_axis), _KINDS[parameters["weight_bits"]]
     scale = np.ascontiguousarray(made.scale.T) * np.float32(product.alpha)
     inputs = [
@@ -44,7 +51,7 @@ def emit_blocks(site: Site, option: Option, rewriter: Rewriter, nodes: Mapping[s
     block = made.block
     flags = {"axis": 0, "block_size": block}
     weight = rewriter.op("DequantizeLinear", inputs, flags, name=f"{site.name}.dequantize", dtype=FLOAT)
-    y = rewriter.op("MatMul", [product.activation, weight], name=f"{site.name}.matmul", dtype=FLOAT)
+    y = rewriter.op("MatMul", [x, weight], name=f"{site.name}.matmul", dtype=FLOAT)
     bias = product.bias_vector()
     if bias is None:
         return y
