@@ -73,7 +73,7 @@ def ours(form: str, forms: tuple[str, ...] = (), **options: Any) -> Callable[[Ca
     """Every site that offers ``form`` takes it, after the folds ``forms``."""
 
     def make(case: Case, path: Path) -> Path:
-        program, transform = folded(case, forms), Quantize(**options)
+        program, transform = folded(case, forms), Quantize(forms=(form,), **options)
         moves = []
         for site in transform.sites(program):
             if isinstance(site, Site):
@@ -112,6 +112,10 @@ VARIANTS: Mapping[str, Callable[[Case, Path], Path]] = {
     **{f"static {a}": ours("w8a8-static", smoothing=(a,), correct_bias=False) for a in (0.5, 0.8, "log")},
     **{f"dynamic {a}": ours("w8a8-dynamic", smoothing=(a,), correct_bias=False) for a in (0.5, 0.8, "log")},
     "static equalized": ours("w8a8-static", ("equalize_layers",), **PLAIN),
+    "static rotated": ours("w8a8-static", ("rotate_fold",), **PLAIN),
+    "w4": ours("w4"),
+    "w4a8": ours("w4a8"),
+    "w4a8 rotated": ours("w4a8", ("rotate_fold",)),
     "static both": ours("w8a8-static"),
     "dynamic both": ours("w8a8-dynamic"),
     "ort-static": peer("static"),
