@@ -71,3 +71,29 @@ def test_reference_model_keeps_its_function(name: str) -> None:
             assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
     again = apply_named(before, names)
     assert [n.name for n in again.graph] == [n.name for n in after.graph]
+
+
+@needs_reference
+@pytest.mark.parametrize(
+    ("name", "forms"),
+    [
+        ("stories260k.onnx", ("rotate_fold",)),
+        ("stories260k.onnx", ("rotate_fold", "sort_channels")),
+        ("stories260k.onnx", ("fuse_rotary", "fuse_attention", "rotate_fold", "sort_channels")),
+        ("kwt1_speech_commands.onnx", ("sort_channels",)),
+        ("mobilenet_v1_025_imagenet.onnx", ("sort_channels",)),
+        ("resnet56_cifar10.onnx", ("sort_channels",)),
+        ("minilm/minilm_l6_v2.onnx", ("sort_channels",)),
+    ],
+)
+def test_forms_on_request_keep_the_function(name: str, forms: tuple[str, ...]) -> None:
+    before = Program(ir.load(models_dir / name), name)
+    after, names, records = fold(before, forms=forms)
+    assert not [r for r in records if r.why.startswith("undone")]
+    assert {"rotate_fold", "sort_channels"} & set(forms) <= set(names)
+    assert interface(after) == interface(before)
+    running = session(before), session(after)
+    for batch in (1, 3):
+        given = feeds(before, batch)
+        want, got = (s.run(None, given)[0] for s in running)
+        assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
