@@ -15,19 +15,26 @@ import onnx_ir as ir
 
 from lamina.data import Dataset
 from lamina.ir.program import Program
+from lamina.passes.low_rank_path import add_paths
 from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize import Quantize
 from lamina.passes.quantize.rounding import Rounding, round_options
 from lamina.passes.quantize.token_weights import attention_received
 from lamina.planner.apply import apply_moves
+from lamina.planner.mend import standing
 from lamina.planner.plan import Move
 
 RECEIVED = "attention_received"
 Scheme = Callable[[Program, Dataset], onnx.ModelProto]
 
 
-def ours(form: str, method: str, *, clipping: str = "mse", rounding: str = "nearest", **how: Any) -> Scheme:
-    """Every Conv, Gemm and MatMul in one form; ``method`` of :class:`Rounding`. Tables stay float."""
+def ours(
+    form: str, method: str, *, clipping: str = "mse", rounding: str = "nearest", rank: int = 0, **how: Any
+) -> Scheme:
+    """Every Conv, Gemm and MatMul in one form; ``method`` of :class:`Rounding`. Tables stay float.
+
+    With a rank, low-rank paths (eora) beside the rounded operators as well.
+    """
 
     def make(program: Program, data: Dataset) -> onnx.ModelProto:
         quantize = Quantize(forms=(form,), clipping=clipping, rounding=rounding)  # type: ignore[arg-type]
@@ -37,7 +44,11 @@ def ours(form: str, method: str, *, clipping: str = "mse", rounding: str = "near
                 chosen += [(site, o) for o in quantize.options(site, program, None, None)]
         options = round_options(program, chosen, data, Rounding(method, **how), threads=1)
         moves = [Move(site, option) for (site, _), option in zip(chosen, options, strict=True)]
-        return ir.to_proto(apply_moves(program, moves).model)
+        made = apply_moves(program, moves)
+        if rank:
+            stands_for = standing(moves, made)
+            made = add_paths(program, made, data, rank=rank, stands_for=stands_for, threads=1).program
+        return ir.to_proto(made.model)
 
     return make
 
@@ -107,6 +118,12 @@ for _bits in (4, 3, 2):
     SCHEMES[f"{_form} gptq"] = (_bits, "lamina", ours(_form, "gptq", propagate=0.0))
     SCHEMES[f"{_form} gptq+qep"] = (_bits, "lamina", ours(_form, "gptq"))
     SCHEMES[f"{_form} descent"] = (_bits, "lamina", ours(_form, "descent"))
+for _bits, _method, _rank in ((4, "nearest", 16), (4, "descent", 4), (4, "descent", 16), (2, "descent", 16)):
+    SCHEMES[f"stored-w{_bits} {_method}+eora-{_rank}"] = (
+        _bits,
+        "lamina",
+        ours(f"stored-w{_bits}", _method, rank=_rank),
+    )
 SCHEMES |= {
     f"onnxruntime {name}": (4, "peer", onnxruntime_blocks(name))
     for name in ("default", "k_quant", "hqq", "gptq")
