@@ -18,7 +18,7 @@ class OutputLoss:
     """Divergence from the original's outputs, summed over positions.
 
     For logits and probabilities the Kullback-Leibler divergence from the original, nats. For other outputs
-    ``L2(y - y0)^2 / (2 L2(y0)^2)`` of each vector along the last axis of a ``[b, length, width]`` output, else
+    ``L2(y - y0)^2 / (2 L2(y0)^2)`` of each vector along the last axis of a ``[b, length, width]`` output, or
     of each sample: for small errors 1 - cosine and the error of the length. Padding does not count.
 
     Args:

@@ -23,11 +23,13 @@ from lamina.planner.plan import Move
 Scheme = Callable[[Program, Dataset], onnx.ModelProto]
 
 
-def ours(form: str, method: str, *, clipping: str = "mse", rounding: str = "nearest", **how: Any) -> Scheme:
+def ours(
+    form: str, method: str, *, clipping: str = "mse", rounding: str = "nearest", block: int = 32, **how: Any
+) -> Scheme:
     """Every Conv, Gemm and MatMul in one form; ``method`` of :class:`Rounding`. Tables stay float."""
 
     def make(program: Program, data: Dataset) -> onnx.ModelProto:
-        quantize = Quantize(forms=(form,), clipping=clipping, rounding=rounding)  # type: ignore[arg-type]
+        quantize = Quantize(forms=(form,), clipping=clipping, rounding=rounding, block=block)  # type: ignore[arg-type]
         chosen: list[tuple[Site, Option]] = []
         for site in quantize.sites(program):
             if isinstance(site, Site) and site.kind != "embedding":
@@ -82,6 +84,7 @@ SCHEMES: dict[str, tuple[int, str, Scheme]] = {
     "stored-w8 descent": (8, "lamina", ours("stored-w8", "descent")),
     "blocks-w4 nearest": (4, "lamina", ours("w4", "nearest")),
     "blocks-w4 descent": (4, "lamina", ours("w4", "descent")),
+    "blocks-w4 output": (4, "lamina", ours("w4", "output")),
 }
 for _bits in (4, 3, 2):
     _form = f"stored-w{_bits}"
@@ -91,6 +94,11 @@ for _bits in (4, 3, 2):
     SCHEMES[f"{_form} gptq"] = (_bits, "lamina", ours(_form, "gptq", propagate=0.0))
     SCHEMES[f"{_form} gptq+qep"] = (_bits, "lamina", ours(_form, "gptq"))
     SCHEMES[f"{_form} descent"] = (_bits, "lamina", ours(_form, "descent"))
+    SCHEMES[f"{_form} output"] = (_bits, "lamina", ours(_form, "output"))
+SCHEMES |= {
+    f"stored-w4 x16 {method}": (4, "lamina", ours("stored-w4", method, block=16))
+    for method in ("nearest", "descent", "output")
+}
 SCHEMES |= {
     f"onnxruntime {name}": (4, "peer", onnxruntime_blocks(name))
     for name in ("default", "k_quant", "hqq", "gptq")
