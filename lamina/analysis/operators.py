@@ -176,7 +176,7 @@ def convolution(
     pads = tuple(node.attributes.get_ints("pads") or (0,) * (2 * rank))
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     if mode in ("SAME_UPPER", "SAME_LOWER"):
-        pads = _same(shapes[data.name or ""][0][2:], kernel, strides, dilations, mode == "SAME_LOWER")
+        pads = same_pads(shapes[data.name or ""][0][2:], kernel, strides, dilations, mode == "SAME_LOWER")
     return WeightedOperator(
         node.name or "",
         "conv",
@@ -190,13 +190,14 @@ def convolution(
     )
 
 
-def _same(
+def same_pads(
     space: tuple[int, ...],
     kernel: tuple[int, ...],
     strides: tuple[int, ...],
     dilations: tuple[int, ...],
     lower: bool,
 ) -> tuple[int, ...]:
+    """Padding of automatic modes, all befores, then all afters; what is odd lies behind unless ``lower``."""
     before, after = [], []
     for size, window, stride, dilation in zip(space, kernel, strides, dilations, strict=True):
         total = max(0, (-(-size // stride) - 1) * stride + dilation * (window - 1) + 1 - size)

@@ -9,28 +9,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_ir as ir
 
 from lamina.analysis.instrument import feeds_of, fixed_batch
-from lamina.analysis.matching import in_batches, places_of
-from lamina.analysis.needs import DEFAULT_MASK
-from lamina.analysis.operators import WeightedOperator, patches, weighted_operators
+from lamina.analysis.matching import in_batches
+from lamina.analysis.operators import WeightedOperator, weighted_operators
 from lamina.analysis.stream import Stream
 from lamina.data import Dataset
-from lamina.errors import PassError
+from lamina.errors import PassError, UnsupportedOperator
 from lamina.ir.names import reads
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
 from lamina.passes.pass_ import Option, Site
-from lamina.passes.quantize.coded import Coded, coded, form_name, from_rows, nearest, payload, to_rows
+from lamina.passes.quantize.coded import Coded, coded, from_rows, nearest, payload, to_rows
 from lamina.passes.quantize.gptq import DAMP, descend, gptq
 from lamina.passes.quantize.graph import constant_array
+from lamina.passes.quantize.output_rounding import Rounded, round_for_outputs
+from lamina.passes.quantize.seen import Key, Seen, Work, moments_of, reads_of, weight_of
 from lamina.passes.quantize.smoothing import factors
 
-METHODS = ("nearest", "gptq", "descent")
+METHODS = ("nearest", "gptq", "descent", "output")
 Chosen = Sequence[tuple[Site, Option]]
 
 
@@ -39,12 +40,17 @@ class Rounding:
     """How weights are rounded.
 
     Attributes:
-        method: ``nearest``; ``gptq``; or ``descent``: gptq, then coordinate descent on codes and scales.
+        method: ``nearest``; ``gptq``; ``descent``: gptq, then coordinate descent on codes and scales; or
+            ``output``: descent, then rounds of it over all operators together against the program's outputs
+            (:mod:`lamina.passes.quantize.output_rounding`). Where those have no derivative that is known,
+            where an operator was left out for want of time, or an option is rounded alone, ``output`` is
+            ``descent``, and options name that.
         propagate: Share, 0 to 1, of the error that earlier operators made which a later one makes up for
             (qep, arXiv:2504.09629); 0 rounds for the values each operator should have read.
         rows: Samples to look at.
         vectors: Input vectors of an operator that enter its second moments, at least four times its width.
         sweeps: Most passes of the descent.
+        rounds: Most rounds of ``output``.
         damp: Added to the diagonal of the second moments, of its mean.
         weights: Extra or input ``[n, t]`` of the data that weighs tokens: row x counts ``r^2 x x'`` (rsq:
             :func:`lamina.passes.quantize.token_weights.attention_received`); None: all alike, padding none.
@@ -55,6 +61,7 @@ class Rounding:
     rows: int = 256
     vectors: int = 4096
     sweeps: int = 3
+    rounds: int = 24
     damp: float = DAMP
     weights: str | None = None
 
@@ -66,35 +73,12 @@ class Rounding:
 
 
 @dataclass
-class _Seen:
-    """What operators read: sums of ``x x'`` and ``x0 x'``, float64 ``[g, k, k]``, and of x, ``[g, k]``.
+class _Found:
+    """A weight's codes, what its first operator read, and the operators that read it."""
 
-    x is what is read, x0 what should be.
-    """
-
-    square: np.ndarray
-    cross: np.ndarray
-    total: np.ndarray
-    count: int = 0
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean of x, ``[g, k]``."""
-        return self.total / max(1, self.count)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One operator to round: where it stands and on which grid."""
-
-    site: Site
-    option: Option
-    operator: WeightedOperator
-
-    @property
-    def axis(self) -> int:
-        """The weight's axis that numbers output channels."""
-        return int(self.operator.kind != "conv" and self.operator.flipped)
+    made: Coded
+    seen: Seen
+    items: list[Work] = field(default_factory=list)
 
 
 def round_options(
@@ -139,35 +123,79 @@ def round_options(
     work = _work(program, chosen, feeds[0]) if how.method != "nearest" and feeds else []
     current = substitute(program, _tables(program, chosen))
     streams = Stream(feeds, threads=threads), Stream(feeds, threads=threads)
-    known: dict[tuple[str, str, str], Coded] = {}
+    found: dict[Key, _Found] = {}
     settled: dict[str, None] = {}
     done, start = 0, time.perf_counter()
     for wave in _waves(program, work):
         if time.perf_counter() - start > seconds:
             break
         settled.update((w.operator.activation, None) for w in wave)
-        sums = _moments(wave, current, program, streams, list(settled), batches, how)
+        sums = moments_of(wave, current, program, streams, list(settled), batches, how.vectors, how.weights)
         weights = {}
         for item in wave:
-            given = item.option.parameters
-            key = item.operator.weight, form_name(given, item.axis), str(given.get("smooth"))
-            array = constant_array(program.graph.initializers[item.operator.weight])
-            assert array is not None
-            seen = sums[_reads(item.operator)]
-            if key not in known:
-                known[key] = _rounded(array, item, seen, how)
-            rows = known[key].rows() / factors(given)
-            operand = 1 if item.operator.kind != "matmul" else 1 - item.operator.side
-            weights[item.operator.name, operand] = from_rows(rows, array.shape, item.axis)
-            parameters = {**given, "rounding": how.method, "codes": payload(known[key])}
-            if "bias_shift" in given:
-                parameters["bias_shift"] = _shifted(program, item, rows, array, seen.mean)
-            made[item.site.name] = replace(item.option, parameters=parameters)
+            array, seen = weight_of(program, item), sums[reads_of(item.operator)]
+            if item.key not in found:
+                found[item.key] = _Found(_rounded(array, item, seen, how), seen)
+            found[item.key].items.append(item)
+            rows = found[item.key].made.rows() / factors(item.option.parameters)
+            weights[item.place] = from_rows(rows, array.shape, item.axis)
         current = substitute(current, weights)
         done += len(wave)
         if progress is not None:
             progress(done, len(work))
+    method = how.method
+    if method == "output":
+        left = seconds - (time.perf_counter() - start)
+        samples = batches, feeds
+        fits = done == len(work) > 0 and _for_outputs(program, current, found, samples, how, left, threads)
+        method = "output" if fits else "descent"
+    for entry in found.values():
+        for item in entry.items:
+            made[item.site.name] = _carrying(program, item, entry, method)
     return [made[site.name] for site, _ in chosen]
+
+
+def _carrying(program: Program, item: Work, found: _Found, method: str) -> Option:
+    """The item's option with its codes."""
+    given = item.option.parameters
+    parameters = {**given, "rounding": method, "codes": payload(found.made)}
+    if "bias_shift" in given:
+        rows = found.made.rows() / factors(given)
+        parameters["bias_shift"] = _shifted(program, item, rows, weight_of(program, item), found.seen.mean)
+    return replace(item.option, parameters=parameters)
+
+
+def _for_outputs(
+    program: Program,
+    current: Program,
+    found: Mapping[Key, _Found],
+    samples: tuple[Sequence[Dataset], Sequence[Mapping[str, np.ndarray]]],
+    how: Rounding,
+    seconds: float,
+    threads: int | None,
+) -> bool:
+    """Choose all codes anew against the outputs; whether that could be done."""
+    places = {n.name or "": n for n in current.graph}
+    rounded = []
+    for entry in found.values():
+        first, seen = entry.items[0], entry.seen
+        factor = factors(first.option.parameters)
+        moments = seen.square / max(1, seen.count) / np.outer(factor, factor)
+        ridge = how.damp * np.einsum("gkk->gk", moments).mean(axis=1)
+        moments = moments + np.where(ridge > 0, ridge, 1.0)[:, None, None] * np.eye(moments.shape[1])
+        names = [(places[i.place[0]].inputs[i.place[1]]).name or "" for i in entry.items]  # type: ignore[union-attr]
+        operators = tuple(i.operator for i in entry.items)
+        shape = weight_of(program, first).shape
+        rounded.append(Rounded(entry.made, moments, factor, first.axis, shape, tuple(names), operators))
+    try:
+        better = round_for_outputs(
+            program, current, rounded, *samples, rounds=how.rounds, seconds=seconds, threads=threads
+        )
+    except UnsupportedOperator:
+        return False
+    for entry, made in zip(found.values(), better, strict=True):
+        entry.made = made
+    return True
 
 
 def substitute(program: Program, weights: Mapping[tuple[str, int], np.ndarray]) -> Program:
@@ -191,7 +219,7 @@ def substitute(program: Program, weights: Mapping[tuple[str, int], np.ndarray]) 
     return clone
 
 
-def _work(program: Program, chosen: Chosen, feeds: Mapping[str, np.ndarray]) -> list[_Work]:
+def _work(program: Program, chosen: Chosen, feeds: Mapping[str, np.ndarray]) -> list[Work]:
     """What can be rounded: operators with integer weights and a known way of reading."""
     operators, _ = weighted_operators(program, observed_shapes(program, feeds))
     found = []
@@ -202,7 +230,7 @@ def _work(program: Program, chosen: Chosen, feeds: Mapping[str, np.ndarray]) -> 
         if option.parameters.get("grid") == "higgs":
             continue  # its codes are not even steps, and of rotated weights
         if operator.weight in program.graph.initializers:
-            found.append(_Work(site, option, operator))
+            found.append(Work(site, option, operator))
     return found
 
 
@@ -218,11 +246,11 @@ def _tables(program: Program, chosen: Chosen) -> dict[tuple[str, int], np.ndarra
     return weights
 
 
-def _waves(program: Program, work: Sequence[_Work]) -> Iterator[list[_Work]]:
+def _waves(program: Program, work: Sequence[Work]) -> Iterator[list[Work]]:
     """Operators in execution order, in runs of which none depends on another."""
     by_node = {w.operator.name: w for w in work}
     level: dict[ir.Value, int] = {}
-    waves: dict[int, list[_Work]] = {}
+    waves: dict[int, list[Work]] = {}
     for node in program.graph:
         depth = max((level.get(v, 0) for v in reads(node)), default=0)
         if (item := by_node.get(node.name or "")) is not None:
@@ -233,77 +261,7 @@ def _waves(program: Program, work: Sequence[_Work]) -> Iterator[list[_Work]]:
         yield waves[depth]
 
 
-def _reads(operator: WeightedOperator) -> tuple[object, ...]:
-    """What operators with the same input vectors share."""
-    window = operator.kernel, operator.strides, operator.pads, operator.dilations
-    return operator.activation, operator.kind == "conv", operator.side, operator.group, window
-
-
-def _moments(
-    wave: Sequence[_Work],
-    current: Program,
-    original: Program,
-    streams: tuple[Stream, Stream],
-    settled: Sequence[str],
-    batches: Sequence[Dataset],
-    how: Rounding,
-) -> dict[tuple[object, ...], _Seen]:
-    """Sums over the data for the operators of one wave."""
-    kinds = {_reads(w.operator): w for w in wave}
-    wanted = list(dict.fromkeys(w.operator.activation for w in wave))
-    sums: dict[tuple[object, ...], _Seen] = {}
-    pairs = zip(
-        batches,
-        streams[0].run(original, wanted, settled),
-        streams[1].run(current, wanted, settled),
-        strict=True,
-    )
-    total = sum(map(len, batches))
-    for batch, should, real in pairs:
-        for key, item in kinds.items():
-            name = item.operator.activation
-            width = to_rows(_array(original, item), item.axis).shape[1]
-            count = max(1, max(how.vectors, 4 * width) * len(batch) // total)
-            x, x0 = (_vectors(v[name], item.operator, batch, count, how) for v in (real, should))
-            if key not in sums:
-                group, wide = x.shape[1:]
-                empty = np.zeros((group, wide, wide))
-                sums[key] = _Seen(empty, empty.copy(), np.zeros((group, wide)))
-            seen = sums[key]
-            # [g, k, n] @ [g, n, k]
-            seen.square += x.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
-            seen.cross += x0.transpose(1, 2, 0) @ x.transpose(1, 0, 2)
-            seen.total += x.sum(axis=0, dtype=np.float64)
-            seen.count += len(x)
-    return sums
-
-
-def _array(program: Program, item: _Work) -> np.ndarray:
-    array = constant_array(program.graph.initializers[item.operator.weight])
-    assert array is not None
-    return array
-
-
-def _vectors(
-    array: np.ndarray, operator: WeightedOperator, batch: Dataset, count: int, how: Rounding
-) -> np.ndarray:
-    """float32 ``[n, g, k]``: at most ``count`` evenly spaced rows that the operator multiplies."""
-    if operator.kind == "conv":
-        return patches(array, operator, count)
-    moved = np.moveaxis(array, -2, -1) if operator.side else array
-    rows = moved.reshape(-1, moved.shape[-1])
-    mask = batch.inputs.get(DEFAULT_MASK, batch.extras.get(DEFAULT_MASK))
-    places = places_of(moved.shape, mask, len(rows), count)
-    taken = rows[places]
-    if how.weights is not None:
-        weights = batch.inputs.get(how.weights, batch.extras.get(how.weights))
-        if weights is not None and moved.shape[: weights.ndim] == weights.shape and moved.ndim > weights.ndim:
-            each = np.repeat(weights.reshape(-1), len(rows) // weights.size)
-            taken = taken * each[places, None]
-    return np.asarray(taken[:, None, :], np.float32)
-
-
-def _rounded(array: np.ndarray, item: _Work, seen: _Seen, how: Rounding) -> Coded:
+def _rounded(array: np.ndarray, item: Work, seen: Seen, how: Rounding) -> Coded:
     """Codes of one weight: the target moves by what earlier errors lack, then is rounded."""
     # where the activation is divided by factors, the weight takes them
     factor = factors(item.option.parameters).astype(np.float64)
@@ -318,7 +276,7 @@ def _rounded(array: np.ndarray, item: _Work, seen: _Seen, how: Rounding) -> Code
 
 
 def _shifted(
-    program: Program, item: _Work, rows: np.ndarray, array: np.ndarray, mean: np.ndarray
+    program: Program, item: Work, rows: np.ndarray, array: np.ndarray, mean: np.ndarray
 ) -> list[float]:
     """The correction of the bias for the new codes: the mean output stays what it was meant to be."""
     factor, given = factors(item.option.parameters), item.option.parameters

@@ -29,7 +29,14 @@ Scheme = Callable[[Program, Dataset], onnx.ModelProto]
 
 
 def ours(
-    form: str, method: str, *, clipping: str = "mse", rounding: str = "nearest", rank: int = 0, **how: Any
+    form: str,
+    method: str,
+    *,
+    clipping: str = "mse",
+    rounding: str = "nearest",
+    block: int = 32,
+    rank: int = 0,
+    **how: Any,
 ) -> Scheme:
     """Every Conv, Gemm and MatMul in one form; ``method`` of :class:`Rounding`. Tables stay float.
 
@@ -37,7 +44,7 @@ def ours(
     """
 
     def make(program: Program, data: Dataset) -> onnx.ModelProto:
-        quantize = Quantize(forms=(form,), clipping=clipping, rounding=rounding)  # type: ignore[arg-type]
+        quantize = Quantize(forms=(form,), clipping=clipping, rounding=rounding, block=block)  # type: ignore[arg-type]
         chosen: list[tuple[Site, Option]] = []
         for site in quantize.sites(program):
             if isinstance(site, Site) and site.kind != "embedding":
@@ -109,6 +116,7 @@ SCHEMES: dict[str, tuple[int, str, Scheme]] = {
     "blocks-w4 descent+rsq": (4, "lamina", by_attention(ours("w4", "descent", weights=RECEIVED))),
     "blocks-w4 gptq": (4, "lamina", ours("w4", "gptq", propagate=0.0)),
     "blocks-w4 gptq+rsq": (4, "lamina", by_attention(ours("w4", "gptq", propagate=0.0, weights=RECEIVED))),
+    "blocks-w4 output": (4, "lamina", ours("w4", "output")),
 }
 for _bits in (4, 3, 2):
     _form = f"stored-w{_bits}"
@@ -118,6 +126,11 @@ for _bits in (4, 3, 2):
     SCHEMES[f"{_form} gptq"] = (_bits, "lamina", ours(_form, "gptq", propagate=0.0))
     SCHEMES[f"{_form} gptq+qep"] = (_bits, "lamina", ours(_form, "gptq"))
     SCHEMES[f"{_form} descent"] = (_bits, "lamina", ours(_form, "descent"))
+    SCHEMES[f"{_form} output"] = (_bits, "lamina", ours(_form, "output"))
+SCHEMES |= {
+    f"stored-w4 x16 {method}": (4, "lamina", ours("stored-w4", method, block=16))
+    for method in ("nearest", "descent", "output")
+}
 for _bits, _method, _rank in ((4, "nearest", 16), (4, "descent", 4), (4, "descent", 16), (2, "descent", 16)):
     SCHEMES[f"stored-w{_bits} {_method}+eora-{_rank}"] = (
         _bits,
