@@ -188,9 +188,9 @@ def test_a_head_has_its_own_scale_and_an_axis_none_is_joined_along():
     )
     for cache in caches:
         largest = np.abs(outputs[cache.present]).max(axis=(0, 2, 3))
-        np.testing.assert_allclose(cache.scale, largest / 127, rtol=1e-6)
+        np.testing.assert_allclose(cache.scale, 1.1 * largest / 127, rtol=1e-6)
         codes = cache.encode(outputs[cache.present])
-        assert (np.abs(codes.astype(int)).max(axis=(0, 2, 3)) == 127).all()
+        assert (np.abs(codes.astype(int)).max(axis=(0, 2, 3)) == round(127 / 1.1)).all()
         assert np.array_equal(cache.encode(cache.decode(codes)), codes)
 
 

@@ -135,9 +135,8 @@ class _Conversions:
 
     def __init__(self, cache: CacheCodes, rewriter: Rewriter) -> None:
         self.cache, self._rewriter = cache, rewriter
-        scale, zero = np.asarray(cache.scale, np.float32), np.zeros(len(cache.scale), np.int8)
-        if cache.axis is None:
-            scale, zero = scale.reshape(()), zero.reshape(())
+        shape = () if cache.axis is None else (len(cache.scale),)
+        scale, zero = np.asarray(cache.scale, np.float32).reshape(shape), np.zeros(shape, np.int8)
         self._constants = [
             rewriter.constant(scale, f"{cache.past}.scale"),
             rewriter.constant(zero, f"{cache.past}.zero_point"),

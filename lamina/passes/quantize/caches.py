@@ -20,6 +20,9 @@ from lamina.passes.quantize.cache_places import CachePlace, cache_places
 
 CODES = ir.DataType.INT8
 _LIMIT = 127
+# Later tokens reach farther than the samples' did, and clipping costs more than coarse steps: on stories260k
+# the samples' reach and a tenth costs 4 to 15 % more divergence, a tenth less 17 %, a fifth less 680 %.
+_MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class CacheCodes:
 
 
 def calibrate_caches(program: Program, samples: Dataset) -> tuple[CacheCodes, ...]:
-    """Scales of every cache: the largest magnitude that samples bring to a head is its largest code.
+    """Scales of every cache: codes reach a tenth beyond the largest magnitude that samples bring to a head.
 
     Args:
         program: With its caches in float; it is run.
@@ -90,7 +93,7 @@ def _codes(place: CachePlace, reach: np.ndarray) -> CacheCodes:
         )
     # a head that stayed at zero takes the others' scale: what it holds one day is of their kind
     reach = np.where(reach > 0, reach, reach.max()).astype(np.float32)
-    scale = np.maximum(reach / np.float32(_LIMIT), np.finfo(np.float32).tiny)
+    scale = np.maximum(reach * np.float32(_MARGIN / _LIMIT), np.finfo(np.float32).tiny)
     return CacheCodes(past, present, place.axis, tuple(float(s) for s in scale))
 
 

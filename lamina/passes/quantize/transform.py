@@ -15,7 +15,7 @@ from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Effect, Form, Lossy, Need, Option, Refusal, Site, Transform
-from lamina.passes.quantize import carriers, dynamic, float16, static, weight_only
+from lamina.passes.quantize import carriers, dynamic, float8, float16, static, weight_only
 from lamina.passes.quantize.activations import activation_range, shares_mean
 from lamina.passes.quantize.bias_correction import bias_shift
 from lamina.passes.quantize.graph import FLOAT
@@ -38,7 +38,12 @@ FORMS = (
     "float16",
     "bfloat16",
     "float16-compute",
+    "stored-f8",
+    "stored-mxf8",
 )
+# Not offered unless named: at the same size integers err less on weights as they usually are.
+ON_REQUEST = ("stored-f8", "stored-mxf8")
+DEFAULT_FORMS = tuple(form for form in FORMS if form not in ON_REQUEST)
 _LINEAR = ("matmul", "gemm")
 _BLOCKS = ("w8", "w4", "w2")
 _STORED = ("conv", "convtranspose", "recurrent", "embedding", *_LINEAR)
@@ -59,6 +64,8 @@ _EMITTERS: dict[tuple[str, str], Emitter] = {
     },
     ("embedding", "stored-w4"): weight_only.emit_stored,
     **{(kind, name): float16.emit_stored for kind in _STORED for name in ("float16", "bfloat16")},
+    **{(kind, "stored-f8"): float8.emit_stored for kind in _STORED if kind != "embedding"},
+    **{(kind, "stored-mxf8"): float8.emit_stored for kind in ("conv", "convtranspose", *_LINEAR)},
     ("product", "w8a8-static"): static.emit_product,
     ("product", "w8a8-dynamic"): dynamic.emit_product,
     **{(kind, "float16-compute"): float16.emit_compute for kind in ("conv", *_LINEAR)},
@@ -87,7 +94,8 @@ class Quantize(Transform):
     Source: Jacob et al. 2018, arXiv:1712.05877 (integer arithmetic). Deviates: clipping is searched.
 
     Attributes:
-        forms: Options to offer, a subset of :data:`FORMS`.
+        forms: Options to offer, a subset of :data:`FORMS`; by default all but ``stored-f8`` and
+            ``stored-mxf8`` (8-bit floats, :mod:`lamina.passes.quantize.float8`).
         ranges: How activation ranges are chosen: ``mse``, ``percentile``, ``minmax`` or ``entropy``.
         clipping: How weight ranges are chosen: ``mse`` or ``minmax``.
         smoothing: Rules that scales between an activation's channels and its weights are chosen from: alphas
@@ -109,7 +117,7 @@ class Quantize(Transform):
             (:mod:`lamina.passes.quantize.rounding`), but for what is rotated.
     """
 
-    forms: tuple[str, ...] = FORMS
+    forms: tuple[str, ...] = DEFAULT_FORMS
     ranges: str = "mse"
     clipping: Clipping = "mse"
     smoothing: tuple[Rule, ...] = RULES
@@ -128,7 +136,7 @@ class Quantize(Transform):
     needs: ClassVar[frozenset[Need]] = frozenset({"ranges", "vectors"})
     name: ClassVar[str] = NAME
     storage_only: ClassVar[frozenset[str]] = frozenset(
-        {"stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16", "bfloat16"}
+        {"stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16", "bfloat16", *ON_REQUEST}
     )
 
     def __post_init__(self) -> None:
@@ -230,6 +238,8 @@ class Quantize(Transform):
             return self._static(site, program, statistics, bits)
         if form in ("float16", "bfloat16", "float16-compute"):
             return self._half(form, site, program, statistics)
+        if form in float8.OPSETS:
+            return self._float8(form, site, program)
         if form == "stored-w8":
             return Option(form, self._channels(bits, site, program, statistics))
         if form == "w8a8-dynamic":
@@ -282,6 +292,12 @@ class Quantize(Transform):
         if form == "float16-compute":
             fits = fits and float16.stays_within((*site.inputs, *site.outputs), statistics)
         return Option(form) if fits else None
+
+    def _float8(self, form: str, site: Site, program: Program) -> Option | None:
+        parameters: dict[str, Any] = {"opset": float8.OPSETS[form]}
+        if form == "stored-mxf8":
+            parameters["block"] = stored_block(site, program, float8.BLOCK)
+        return Option(form, parameters)
 
     def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""
