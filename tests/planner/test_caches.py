@@ -18,9 +18,12 @@ import lamina
 from lamina.cli import main
 from lamina.data import Dataset
 from lamina.errors import BudgetError, DataError, PassError, VerificationError
+from lamina.ir.branches import find_branches
+from lamina.passes import get_transform
 from lamina.passes.quantize.cache_edits import expose_caches, quantize_caches
 from lamina.passes.quantize.caches import CacheCodes, calibrate_caches
-from lamina.planner.plan import Plan
+from lamina.planner.apply import apply_moves
+from lamina.planner.plan import Move, Plan
 from lamina.planner.referee import Referee
 
 SIZE = WIDTH // HEADS
@@ -155,3 +158,22 @@ def test_the_referee_runs_codes_against_the_original() -> None:
     referee.coded = (broken, *caches[1:])
     with pytest.raises(VerificationError, match="not finite"):
         referee.check(made, "kv-cache", exact=False)
+
+
+def test_attentions_that_are_dropped_take_their_caches_along() -> None:
+    """Branches are found with conversions in them, and what stays is still opened at the interface."""
+    program = decoder(LAYERS)
+    caches = calibrate_caches(program, Dataset(data(), {}))
+    inner = quantize_caches(program, caches)
+    before, after = (find_branches(p).branches for p in (program, inner))
+    assert [(b.name, b.cache_inputs, b.cache_outputs) for b in after] == [
+        (b.name, b.cache_inputs, b.cache_outputs) for b in before
+    ]
+    drop = get_transform("drop")
+    site = next(s for s in drop.sites(inner) if s.name == "l.0.attn")
+    (option, *_) = drop.options(site, inner, None, None)
+    made = expose_caches(apply_moves(inner, [Move(site, option)]), caches)
+    kinds = {p.name: p.dtype for p in (*made.inputs, *made.outputs)}
+    ports = {"past.1.key", "past.1.value", "present.1.key", "present.1.value"}
+    assert {n for n, kind in kinds.items() if kind == ir.DataType.INT8} == ports
+    assert not any(".0." in name for name in kinds)
