@@ -33,6 +33,9 @@ Target = Annotated[str, typer.Option(help="where the model will run, e.g. ort:cp
 Workload = Annotated[
     str | None, typer.Option(help="shapes that matter and their weights, e.g. '1x128@0.2; 1x1@0.8'")
 ]
+KvCache = Annotated[
+    int | None, typer.Option(help="8: key and value caches become int8 at the interface; needs data")
+]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")]
 Output = Annotated[Path, typer.Option("-o", "--output", help="directory for the result")]
 
@@ -56,6 +59,7 @@ def optimize(
         str | None,
         typer.Option(help="search (default), or rules and allocators: only their plans are looked at"),
     ] = None,
+    kv_cache: KvCache = None,
     seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 120.0,
     seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,
     batch_size: Annotated[int, typer.Option(help="rows a run gets during evaluation", min=1)] = 32,
@@ -76,6 +80,7 @@ def optimize(
             transforms=names(transforms),
             minimize=minimize,
             strategy=strategy,
+            kv_cache=kv_cache,
             seconds=seconds,
             seed=seed,
             batch_size=batch_size,
@@ -106,6 +111,7 @@ def quantize(
     strategy: Annotated[
         str | None, typer.Option(help="search (default), or allocators: only their plans are looked at")
     ] = None,
+    kv_cache: KvCache = None,
     seconds: Annotated[float, typer.Option(help="time for measuring candidates", min=1.0)] = 60.0,
     seed: Annotated[int, typer.Option(help="of data splits and search")] = 0,
     batch_size: Annotated[int, typer.Option(help="rows a run gets during evaluation", min=1)] = 32,
@@ -125,6 +131,7 @@ def quantize(
             latency=latency,
             drop=drop,
             strategy=strategy,
+            kv_cache=kv_cache,
             target=target,
             workload=workload,
             seconds=seconds,

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lamina.backends import get_backend
 from lamina.backends.backend import Target
@@ -24,7 +22,8 @@ from lamina.planner.affordable import affordable
 from lamina.planner.bits.size import at_width
 from lamina.planner.blame import describe
 from lamina.planner.builder import Builder
-from lamina.planner.evidence import Final, evidence, front, with_reasons
+from lamina.planner.caches import check_caches, exposed, read_cache_bits, with_caches
+from lamina.planner.evidence import Final, evidence, explained, front
 from lamina.planner.finish import choose, infeasible
 from lamina.planner.forms import Folded, pick_forms
 from lamina.planner.goal import make_goal
@@ -35,6 +34,7 @@ from lamina.planner.realize import reproduce
 from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.search import Search
+from lamina.planner.selection import few_samples
 from lamina.planner.strategy import seeds, strategy_of
 from lamina.planner.timing import Stopwatch
 from lamina.progress import Progress
@@ -59,6 +59,7 @@ def optimize(
     transforms: Sequence[str] | None = None,
     minimize: str | None = None,
     strategy: str | Sequence[str] | None = None,
+    kv_cache: int | None = None,
     seconds: float = 120.0,
     seed: int = 0,
     batch_size: int = 32,
@@ -89,6 +90,8 @@ def optimize(
             (``"greedy-output-divergence"``, :mod:`lamina.planner.drop_rules`), only merge convolutions
             (``"conv-merge-two-stage-dp"``, :mod:`lamina.planner.chain_plans`) or only quantize
             (``"bits-ilp"``, :mod:`lamina.planner.bits.allocators`).
+        kv_cache: 8: key and value caches at the interface become int8, with constant scales (needs data). The
+            one thing that changes an interface; ``evidence["kv_cache"]`` says how.
         seconds: Time for measuring candidates (pricing, statistics and final timing come on top).
         seed: Of data splits and search.
         batch_size: Rows a run gets during evaluation.
@@ -114,6 +117,7 @@ def optimize(
         transforms=transforms,
         minimize=minimize,
         strategy=strategy,
+        kv_cache=kv_cache,
         seconds=seconds,
         seed=seed,
         batch_size=batch_size,
@@ -135,6 +139,7 @@ def make_request(
     transforms: Sequence[str] | None = None,
     minimize: str | None = None,
     strategy: str | Sequence[str] | None = None,
+    kv_cache: int | None = None,
     seconds: float = 120.0,
     seed: int = 0,
     batch_size: int = 32,
@@ -158,12 +163,13 @@ def make_request(
             get_transform(name)
         plans_from = strategy_of(strategy)
         plans_from.check(names)
+        cache_bits = read_cache_bits(kv_cache)
         program = capture(model, example_inputs=example_inputs, dynamic_shapes=dynamic_shapes)
         program.require_tensors()
         chosen = get_metric(metric, program)
         splits = load_splits(data, program, seed=seed, batch_size=batch_size)
         check_samples(program, splits, chosen)
-        return Request(
+        request = Request(
             program=program,
             budget=budget,
             splits=splits,
@@ -178,7 +184,10 @@ def make_request(
             seed=seed,
             progress=progress,
             strategy=plans_from.name,
+            kv_cache=cache_bits,
         )
+        check_caches(request)
+        return request
 
 
 def run(request: Request) -> Result:
@@ -235,6 +244,7 @@ def _optimize(request: Request, folder: Path) -> Result:
             referee = Referee(request.program, [few_samples(request)])
             folded, left_out = proven_folds(request, stopwatch, referee)
             referee.caches = cache_ports(folded.program)
+            folded = with_caches(request, folded, stopwatch, referee)
         strategy = strategy_of(request.strategy)
         prepared = prepare(request, folded, stopwatch, referee, strategy.programs)
         request = at_width(request, prepared)
@@ -296,21 +306,6 @@ def proven_folds(
         return folded, [{"pass": name, "where": "model", "reason": why} for name, why in unique]
 
 
-def few_samples(request: Request) -> Mapping[str, np.ndarray]:
-    """Inputs a user gave (or that were made up where none were given), as few as the model takes."""
-    selection = request.splits.selection
-    return next(selection.rows(slice(0, selection.fixed_batch or 2)).batches()).inputs
-
-
-def explained(verdict: Verdict, builder: Builder, damage: Sequence[Sequence[float]]) -> Verdict:
-    """The verdict with a reason beside every move of its plan."""
-    finalist = verdict.finalist
-    plan = finalist.realized.plan
-    moves = with_reasons(plan.moves, builder, finalist.candidate, damage)
-    realized = replace(finalist.realized, plan=replace(plan, moves=moves))
-    return replace(verdict, finalist=replace(finalist, realized=realized))
-
-
 def settle(request: Request, builder: Builder, judge: Judge, search: Search) -> tuple[Verdict, Final]:
     """The best plan whose bounds still hold in the last, longest measurement.
 
@@ -319,7 +314,8 @@ def settle(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     """
     verdict: Verdict | None = None
     for _ in range(FINAL_TRIES):
-        verdict = choose(request, builder, judge, search)
+        chosen = choose(request, builder, judge, search)
+        verdict = exposed(chosen)
         try:
             verify_final(builder.prepared.referee, verdict)
         except VerificationError as error:  # never shipped: named in the report, and another one is chosen
@@ -334,7 +330,8 @@ def settle(request: Request, builder: Builder, judge: Judge, search: Search) -> 
             request, builder, finalist, original_s=seconds, margin=1.0
         ):
             return replace(verdict, finalist=finalist), final
-        builder.done[finalist.candidate.genome] = finalist  # what was seen last counts: choose another
+        # what was seen last counts: choose another
+        builder.done[finalist.candidate.genome] = replace(chosen.finalist, relative=final.relative)
     raise infeasible(request, builder, search, verdict)
 
 
@@ -346,8 +343,8 @@ def verify_final(referee: Referee, verdict: Verdict) -> None:
     """
     realized = verdict.finalist.realized
     if verdict.finalist.changed:
-        moves = realized.plan.moves
-        referee.check(realized.program, describe(moves), exact=not moves)
+        plan = realized.plan
+        referee.check(realized.program, describe(plan.moves), exact=plan.exact)
 
 
 def measure_final(request: Request, stopwatch: Stopwatch, verdict: Verdict) -> Final:

@@ -37,6 +37,7 @@ def quantize(
     latency: str | float | None = None,
     drop: str | float | None = None,
     strategy: str | Sequence[str] | None = None,
+    kv_cache: int | None = None,
     target: str | Target = "ort:cpu",
     workload: Any = None,
     seconds: float = 60.0,
@@ -63,6 +64,8 @@ def quantize(
         latency: Bound on the latency: ``"0.5x"``, ``"4ms"``.
         drop: Bound on the quality lost: ``"1%"``.
         strategy: As there, but allocators of bits only. None: the planner's search.
+        kv_cache: 8: key and value caches at the interface become int8 (docs/precision.md); needs data. The
+            result may then be slower than the original.
         target: Where the model will run.
         workload: Shapes that matter.
         seconds: Time for measuring candidates.
@@ -93,6 +96,7 @@ def quantize(
         transforms=(Quantize.name,),
         minimize=minimize,
         strategy=strategy,
+        kv_cache=kv_cache,
         seconds=seconds,
         seed=seed,
         batch_size=batch_size,
@@ -101,7 +105,7 @@ def quantize(
         progress=progress,
     )
     try:
-        result = run(replace(request, bits=width, data_free=data is None, not_slower=True))
+        result = run(replace(request, bits=width, data_free=data is None, not_slower=kv_cache is None))
     except InfeasibleBudget as error:
         if drop is None and width is not None:
             hint = f"{error.advice}; with bits mixed, operators may keep more"

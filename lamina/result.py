@@ -44,7 +44,8 @@ class Result:
     @property
     def changed(self) -> bool:
         """Whether anything at all was changed."""
-        return bool(self.plan.moves or self.plan.folds or self.plan.finishing)
+        plan = self.plan
+        return bool(plan.moves or plan.folds or plan.finishing or plan.caches)
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write ``model.onnx`` (and its data), ``plan.json``, ``result.json`` and the backend's files.

@@ -40,9 +40,9 @@ def _power(call: Call) -> Parts:
 def _clip(call: Call) -> Parts:
     x = call.read(0)
     low, high = call.given(1), call.given(2)
-    low = call.node.attributes.get_float("min", -math.inf) if low is None else low  # before opset 11
-    high = call.node.attributes.get_float("max", math.inf) if high is None else high
-    return [call.grad * ((x >= low) & (x <= high))]
+    least = call.node.attributes.get_float("min", -math.inf) if low is None else low  # before opset 11
+    most = call.node.attributes.get_float("max", math.inf) if high is None else high
+    return [call.grad * ((x >= least) & (x <= most))]
 
 
 def _leaky(call: Call) -> Parts:
@@ -112,7 +112,8 @@ def _batch_norm(call: Call) -> Parts:
 def _reduce(call: Call) -> Parts:
     x, given = call.read(0), call.given(1)
     axes = call.node.attributes.get_ints("axes") if given is None else given.reshape(-1).tolist()
-    if not axes and call.node.attributes.get_int("noop_with_empty_axes", 0):
+    idle: int = call.node.attributes.get_int("noop_with_empty_axes", 0)
+    if not axes and idle:
         return [call.grad]
     places = sorted(a % x.ndim for a in axes) if axes else range(x.ndim)
     kept = [1 if i in places else n for i, n in enumerate(x.shape)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +57,13 @@ class _Windows:
     def inner(self, padded: np.ndarray) -> np.ndarray:
         """Padded images without their border."""
         kept = (slice(b, b + n) for b, n in zip(self.pads, self.space, strict=False))
-        return padded[(slice(None), slice(None), *kept)]
+        inner: np.ndarray = padded[_at(2, kept)]
+        return inner
+
+
+def _at(leading: int, places: Iterable[int | slice]) -> tuple[int | slice, ...]:
+    """An index of everything in the leading axes, and of ``places`` in the axes behind them."""
+    return (slice(None),) * leading + tuple(places)
 
 
 def _conv(call: Call) -> Parts:
@@ -72,11 +78,11 @@ def _conv(call: Call) -> Parts:
     split = weight.reshape(groups, -1, *weight.shape[1:])
     for spot, window in windows.places():
         if back is not None:
-            tap = split[(slice(None), slice(None), slice(None), *spot)].swapaxes(1, 2)
+            tap = split[_at(3, spot)].swapaxes(1, 2)
             back[window] += (tap @ wide).reshape(len(x), -1, *grad.shape[2:])
         if call.wants[1]:
             seen = padded[window].reshape(len(x), groups, -1, wide.shape[-1])
-            kernels[(..., *spot)] = (seen @ wide.swapaxes(-1, -2)).sum(axis=0)
+            kernels[_at(3, spot)] = (seen @ wide.swapaxes(-1, -2)).sum(axis=0)
     return [
         None if back is None else windows.inner(back),
         kernels.swapaxes(1, 2).reshape(weight.shape) if call.wants[1] else None,

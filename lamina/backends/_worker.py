@@ -43,6 +43,7 @@ class OrtRunner:
             options.profile_file_prefix = asked["profile"]
         self.session = _session.make_session(frame.blob or asked["path"], options)
         self.input_names = [i.name for i in self.session.get_inputs()]
+        self._codes = {i.name for i in self.session.get_inputs() if i.type == "tensor(int8)"}
         self.output_names = [o.name for o in self.session.get_outputs()]
 
     def prepare(self, feeds: Mapping[str, np.ndarray], bound: bool) -> Run:
@@ -50,7 +51,8 @@ class OrtRunner:
         missing = [name for name in self.input_names if name not in feeds]
         if missing:
             raise ValueError(f"the feeds lack inputs {missing}")
-        own = {name: feeds[name] for name in self.input_names}
+        # a cache may hold codes where the original's holds floats; which codes changes no time
+        own = {n: feeds[n].astype(np.int8) if n in self._codes else feeds[n] for n in self.input_names}
         if not bound:
             return lambda: self.session.run(None, own)
         binding = self.session.io_binding()

@@ -186,7 +186,7 @@ def _describe(threads: int, mcpu: str | None) -> Mapping[str, Any]:
         "device": f"{model} as {reply['cpu']}",
         "flags": flags,
         "forms": MappingProxyType({}),
-        "refused": ("stored-w4", "stored-w3", "stored-w2"),
+        "refused": ("stored-w4", "stored-w3", "stored-w2", "stored-f8", "stored-mxf8"),
         "float16_kernels": (),
         "opset": NEWEST_OPSET,
         "operators": len(ALLOWED),

@@ -22,7 +22,7 @@ def words(text: str) -> frozenset[str]:
 _CACHE_NAME = re.compile(r"present|past|cache|(^|[^a-z])kv([^a-z]|$)", re.IGNORECASE)
 _MOVES = words(
     "Identity Cast Reshape Transpose Squeeze Unsqueeze Flatten Concat Slice Split Gather ScatterND "
-    "ScatterElements Expand"
+    "ScatterElements Expand QuantizeLinear DequantizeLinear"
 )
 _WEIGHTED = {  # operator -> inputs that may hold its weight
     **dict.fromkeys(("Conv", "ConvTranspose", "ConvInteger", "FusedConv", "NhwcFusedConv"), (1,)),

@@ -34,7 +34,8 @@ class Finalist:
     @property
     def changed(self) -> bool:
         """Whether the model differs from the original at all."""
-        return bool(self.realized.plan.folds or self.realized.plan.moves)
+        plan = self.realized.plan
+        return bool(plan.folds or plan.moves or plan.caches)
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ class Builder:
     def _verified(self, genome: Genome) -> Realized | None:
         try:
             made = build(self.request, self.prepared, genome, recalibrate=True)
-            moves = made.plan.moves
-            self.prepared.referee.check(made.program, describe(moves), exact=not moves)
+            plan = made.plan
+            self.prepared.referee.check(made.program, describe(plan.moves), exact=plan.exact)
         except Exception as error:  # a broken move costs its candidate, never the run
             self.discard(genome, error)
             return None

@@ -10,10 +10,12 @@ from typing import Any
 from lamina.analysis.cost import CostResult, cost
 from lamina.backends.backend import Audit, Latency
 from lamina.ir.io import serialized_size
+from lamina.ir.program import Program
+from lamina.passes.quantize.caches import coded_feeds
 from lamina.planner.bits.evidence import BitEvidence, counts, mean_width, widths_of
 from lamina.planner.builder import Builder
 from lamina.planner.judge import Verdict
-from lamina.planner.plan import Move
+from lamina.planner.plan import Move, Plan
 from lamina.planner.request import Request
 from lamina.planner.search import Candidate, Goal
 from lamina.planner.timing import Relative
@@ -51,8 +53,8 @@ def evidence(
     candidate, model = verdict.finalist.candidate, verdict.finalist.realized.program.model
     heaviest = max(request.workload, key=lambda c: sum(a.size for a in c.feeds.values()))
     made = verdict.finalist.realized.program
-    ports = {port.name for port in made.inputs}  # caches of dropped attentions are gone
-    after_cost = cost(made, {n: a for n, a in heaviest.feeds.items() if n in ports})
+    plan = verdict.finalist.realized.plan
+    after_cost = cost(made, coded_feeds(made, heaviest.feeds, plan.caches))
     sizes = builder.original_size, serialized_size(model)
     memory = builder.original_memory(), builder.memory(verdict.finalist)
     predicted = builder.prepared.costs.predict(candidate.genome)
@@ -94,6 +96,7 @@ def evidence(
             "damage": verdict.damage,
         },
         "moves": [_move(m) for m in verdict.finalist.realized.plan.moves],
+        "kv_cache": caches(plan, made),
         "rounding": rounding(builder, candidate),
         "compensation": mending(builder, candidate),
         "forms": list(builder.prepared.folded.log),
@@ -144,6 +147,13 @@ def _move(move: Move) -> dict[str, Any]:
     }
 
 
+def caches(plan: Plan, made: Program) -> list[dict[str, Any]] | None:
+    """Interface ports that became int8, and by what scales a caller reads them; None where none did."""
+    ports = {port.name for port in made.inputs}
+    found = [asdict(cache) for cache in plan.caches if cache.past in ports]
+    return [{"dtype": "int8", "was": "float32", **cache} for cache in found] or None
+
+
 def mending(builder: Builder, candidate: Candidate) -> dict[str, Any] | None:
     """What compensating the plan did on selection data; None where it was not tried."""
     found = builder.mended.get(candidate.genome)
@@ -175,7 +185,9 @@ def coverage(builder: Builder, candidate: Candidate) -> dict[str, Any]:
         "time": min(1.0, time / max(costs.base["latency"], 1e-12)),
         "bytes": bytes_touched / max(everything, 1),
         "operators": len(set(weighted) & set(touched)) / max(len(weighted), 1),
-        "changed_nothing": not touched and not builder.prepared.folded.names,
+        "changed_nothing": not touched
+        and not builder.prepared.folded.names
+        and not builder.prepared.plan.caches,
     }
 
 
@@ -250,3 +262,12 @@ def with_reasons(
         )
         told.append(replace(move, reason=reason, latency_s=gain * builder.original_latency_s, damage=harm))
     return tuple(told)
+
+
+def explained(verdict: Verdict, builder: Builder, damage: Sequence[Sequence[float]]) -> Verdict:
+    """The verdict with a reason beside every move of its plan."""
+    finalist = verdict.finalist
+    plan = finalist.realized.plan
+    moves = with_reasons(plan.moves, builder, finalist.candidate, damage)
+    realized = replace(finalist.realized, plan=replace(plan, moves=moves))
+    return replace(verdict, finalist=replace(finalist, realized=realized))

@@ -195,8 +195,12 @@ def original_holds(request: Request, builder: Builder) -> bool:
 
 
 def as_given(request: Request, builder: Builder, unchanged: Candidate) -> Finalist:
-    """The captured model itself, not even folded."""
-    plan = replace(builder.prepared.plan, folds=(), moves=())
+    """The captured model itself, not even folded; with its caches in codes where that was asked for."""
+    prepared = builder.prepared
+    if prepared.plan.caches:
+        realized = Realized(prepared.folded.program, prepared.plan)
+        return Finalist(unchanged, realized, prepared.folded.relative)
+    plan = replace(prepared.plan, folds=(), moves=())
     same = {case.name: Ratio(1.0, 1.0, 1.0) for case in request.workload}
     return Finalist(unchanged, Realized(request.program, plan), Relative(1.0, 1.0, 1.0, same))
 

@@ -13,6 +13,7 @@ from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewrite
 from lamina.passes.fold import FOLDS, fold, form_names
 from lamina.passes.fold.pipeline import replay
+from lamina.passes.quantize.caches import CacheCodes
 from lamina.planner.form_memory import FormMemory, Record, read_relative, relative_record
 from lamina.planner.timing import Relative, Stopwatch
 from lamina.progress import Progress
@@ -35,6 +36,7 @@ class Folded:
         log: Per form tried: name, latency ratio it reached, whether it was kept; where it was tried again
             beside others, ``tried`` says how.
         records: Every change of the passes in ``names``.
+        caches: Codes that its caches hold, written after the passes.
         remembered: Whether an earlier run's measurements decided, and none was made now.
     """
 
@@ -44,6 +46,7 @@ class Folded:
     log: tuple[dict[str, object], ...]
     records: tuple[Rewrite, ...] = ()
     remembered: bool = False
+    caches: tuple[CacheCodes, ...] = ()
 
 
 def pick_forms(

@@ -10,6 +10,7 @@ from typing import Any
 from lamina.errors import LaminaError
 from lamina.passes.low_rank_path import LowRankPath
 from lamina.passes.pass_ import Option, Site
+from lamina.passes.quantize.caches import CacheCodes
 from lamina.passes.repair import Repair
 
 FORMAT = 1
@@ -46,6 +47,8 @@ class Plan:
         target: The target the plan was made for.
         repairs: Weights fitted anew after the moves (:mod:`lamina.passes.compensate`).
         paths: What was put beside quantized operators after that (:mod:`lamina.passes.low_rank_path`).
+        caches: Caches at the interface that hold codes (:mod:`lamina.passes.quantize.cache_edits`); they are
+            written before the moves, and the interface changes after all else.
     """
 
     fingerprint: str
@@ -56,6 +59,12 @@ class Plan:
     extra: Mapping[str, Any] = field(default_factory=dict)
     repairs: tuple[Repair, ...] = ()
     paths: tuple[LowRankPath, ...] = ()
+    caches: tuple[CacheCodes, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether the result computes what the original does, but for rounding of floats."""
+        return not (self.moves or self.caches)
 
     def to_json(self) -> str:
         """The plan as JSON text; floats survive exactly."""
@@ -94,6 +103,7 @@ class Plan:
                 raw["extra"],
                 tuple(Repair(**r) for r in raw.get("repairs", ())),
                 tuple(LowRankPath(**p) for p in raw.get("paths", ())),
+                tuple(CacheCodes(**{**c, "scale": tuple(c["scale"])}) for c in raw.get("caches", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise LaminaError(f"not a lamina plan: {error}", advice="give a result's plan.json") from error

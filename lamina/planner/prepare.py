@@ -147,7 +147,7 @@ def _priced(
     told: list[Undone],
 ) -> Prepared:
     costs, original_cost = _price(request, folded, space, stopwatch)
-    plan = Plan(request.program.fingerprint, folded.names, target=str(request.target))
+    plan = Plan(request.program.fingerprint, folded.names, target=str(request.target), caches=folded.caches)
     prepared = Prepared(folded, plan, statistics, costs, original_cost, referee, undone=told)
     _measure_groups(request, prepared, stopwatch)
     return prepared

@@ -14,6 +14,7 @@ from lamina.passes import get_transform
 from lamina.passes.fold import apply_named
 from lamina.passes.low_rank_path import apply_paths
 from lamina.passes.pass_ import Site
+from lamina.passes.quantize.cache_edits import expose_caches, quantize_caches
 from lamina.passes.repair import apply_repairs
 from lamina.planner.apply import apply_drops, apply_rest, removes
 from lamina.planner.plan import Move, Plan
@@ -54,11 +55,14 @@ def realize(
 
 
 def reproduce(captured: Program, plan: Plan) -> Program:
-    """Apply a whole plan to a captured program: folds, drops, the other moves, repairs, paths, finishing."""
-    program = apply_named(captured, plan.folds)
+    """Apply a whole plan to a captured program.
+
+    Folds, caches, drops, the other moves, repairs, paths, finishing, the caches' interface.
+    """
+    program = quantize_caches(apply_named(captured, plan.folds), plan.caches)
     program = apply_rest(apply_drops(program, plan.moves), plan.moves)
     program = apply_paths(apply_repairs(program, plan.repairs), plan.paths)
-    return apply_named(program, plan.finishing)
+    return expose_caches(apply_named(program, plan.finishing), plan.caches)
 
 
 # Smoothing chosen on 256 vectors made stories260k worse, on 1,024 no worse (docs/precision.md).

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import onnx_ir as ir
 
-from lamina.backends.backend import run_of
+from lamina.backends.backend import Executable
 from lamina.backends.reference import compile_reference
 from lamina.errors import LaminaError, VerificationError
 from lamina.ir.difference import difference, is_discrete, tolerance_of
 from lamina.ir.probe_inputs import probe_inputs
-from lamina.ir.program import Program
+from lamina.ir.program import Port, Program
 from lamina.ir.semantics import why_fenced
 from lamina.ir.verify import check, verify_structure
 from lamina.passes.fold import apply_named
+from lamina.passes.quantize.caches import CODES, CacheCodes, coded_feeds, decoded_outputs
 
 # Of these every other one is ordinary: the example's sizes, an odd batch, all sizes 1.
 _GENERATED = 6
@@ -40,6 +42,8 @@ class Referee:
         real: Feeds a user gave; on them a result must stay finite. Generated ones only show that it runs.
 
     Attributes:
+        coded: Caches that may be in codes at the interface: their feeds are rounded to codes, and what comes
+            out is compared as the numbers that the codes stand for.
         caches: For each branch that may be dropped, its cache inputs and outputs: they leave with it, all of
             one branch or none; nothing else of the interface ever changes.
     """
@@ -47,6 +51,7 @@ class Referee:
     def __init__(self, original: Program, real: Sequence[Mapping[str, np.ndarray]] = ()) -> None:
         self.original = original
         self.caches: tuple[frozenset[str], ...] = ()
+        self.coded: tuple[CacheCodes, ...] = ()
         self._real = tuple(real)
 
     def check(self, program: Program, name: str, *, exact: bool) -> None:
@@ -68,8 +73,7 @@ class Referee:
             return  # the original does not run on made-up inputs either: real data judges
         try:
             executable = compile_reference(program.model)
-            run_it = run_of(executable)
-            found = [(run, run_it(run.feeds)) for run in self._runs]
+            found = [(run, self._run(program, executable, run.feeds)) for run in self._runs]
         except LaminaError as error:
             raise _broken(name, f"the program does not run: {error.what.splitlines()[0]}") from error
         for run, outputs in found:
@@ -77,6 +81,12 @@ class Referee:
                 if port.name in left:
                     continue
                 self._output(name, run, port.name, outputs[port.name], exact and not self._random)
+
+    def _run(
+        self, program: Program, executable: Executable, feeds: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        outputs = executable.run(coded_feeds(program, feeds, self.coded))
+        return decoded_outputs(outputs, self.coded)
 
     def culprit(self, names: Sequence[str]) -> str:
         """Of passes that together change the function, the one after which it is changed; bisection."""
@@ -123,10 +133,15 @@ class Referee:
             ("outputs", program.outputs, self.original.outputs),
         ):
             before = [f"{p.name}: {p.dtype.name}" for p in then if p.name not in left]
-            kept = [f"{p.name}: {p.dtype.name}" for p in after]
+            kept = [f"{p.name}: {self._dtype(p)}" for p in after]
             if before != kept:
                 raise _broken(name, f"the {what} changed from {before} to {kept}")
         return left
+
+    def _dtype(self, port: Port) -> str:
+        """Name of the port's dtype; of codes that were asked for, of what they stand for."""
+        asked = {name for cache in self.coded for name in (cache.past, cache.present)}
+        return ir.DataType.FLOAT.name if port.name in asked and port.dtype == CODES else port.dtype.name
 
     def _output(self, name: str, run: _Run, output: str, after: np.ndarray, exact: bool) -> None:
         before = run.outputs[output]

@@ -36,6 +36,7 @@ class Request:
         bits: Every weight in so many bits where there is such a form (:mod:`lamina.planner.bits.uniform`);
             None: any width.
         data_free: Leave out what rests on statistics of the samples, as they say nothing of real ones.
+        kv_cache: Bits of the caches at the interface; None leaves them as they are.
         not_slower: Whether a plan slower than the original is out whatever is bounded or minimized.
     """
 
@@ -56,6 +57,7 @@ class Request:
     bits: int | None = None
     data_free: bool = False
     not_slower: bool = False
+    kv_cache: int | None = None
 
     @property
     def draft(self) -> Target:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from lamina.backends.backend import run_of
 from lamina.ir.program import Program
@@ -29,3 +31,9 @@ def damages(request: Request, builder: Builder, programs: Sequence[Program]) -> 
         return metric.score(evaluate(run, data, metric, reference_run=reference))
 
     return [metric.damage(before, score(program)) for program in programs]
+
+
+def few_samples(request: Request) -> Mapping[str, np.ndarray]:
+    """Inputs a user gave (or that were made up where none were given), as few as the model takes."""
+    selection = request.splits.selection
+    return next(selection.rows(slice(0, selection.fixed_batch or 2)).batches()).inputs

@@ -137,6 +137,7 @@ def _moves(console: Console, evidence: Mapping[str, Any]) -> None:
             f"{touched['operators']:.0%} of the weighted operators",
             highlight=False,
         )
+    _caches(console, evidence.get("kv_cache"))
     _rounding(console, evidence.get("rounding"))
     _compensation(console, evidence.get("compensation"))
 
@@ -149,6 +150,14 @@ def _widths(console: Console, found: Mapping[str, Any]) -> None:
             f"weighted operators by bits: {', '.join(pairs)}; {found['mean_bits']:.2f} bits a weight",
             highlight=False,
         )
+
+
+def _caches(console: Console, found: Sequence[Mapping[str, Any]] | None) -> None:
+    """What changed at the interface: a caller must know it."""
+    if found:
+        names = ", ".join(f"{cache['past']} -> {cache['present']}" for cache in found)
+        text = f"interface changed: {len(found)} caches are int8, with the scales in result.json: {names}"
+        console.print(f"[yellow]{escape(text)}[/yellow]", highlight=False, soft_wrap=True)
 
 
 def _rounding(console: Console, found: Mapping[str, Any] | None) -> None:

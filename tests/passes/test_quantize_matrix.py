@@ -14,7 +14,7 @@ import onnx_ir as ir
 import pytest
 from quantize_tools import apply_quantize, calibrate, program, relative_error, session, sites
 
-from lamina.passes.quantize import Quantize
+from lamina.passes.quantize import FORMS, Quantize
 
 # Largest relative error of the output against float32, on normal weights and inputs.
 BOUNDS = {
@@ -26,9 +26,11 @@ BOUNDS = {
     "stored-w4": 0.13,
     "float16": 1e-3,
     "bfloat16": 6e-3,
+    "stored-f8": 0.035,
+    "stored-mxf8": 0.035,
 }
 OPSETS = (13, 17, 21)
-EVERY = Quantize(dynamic_conv=True, products=True)
+EVERY = Quantize(forms=FORMS, dynamic_conv=True, products=True)
 rng = np.random.default_rng(31)
 
 

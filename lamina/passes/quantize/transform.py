@@ -15,7 +15,7 @@ from lamina.errors import PassError
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewriter
 from lamina.passes.pass_ import Effect, Form, Lossy, Need, Option, Refusal, Site, Transform
-from lamina.passes.quantize import carriers, dynamic, float16, static, w4a8, weight_only
+from lamina.passes.quantize import carriers, dynamic, float8, float16, static, w4a8, weight_only
 from lamina.passes.quantize.activations import activation_range, shares_mean
 from lamina.passes.quantize.bias_correction import bias_shift
 from lamina.passes.quantize.graph import FLOAT
@@ -39,8 +39,10 @@ FORMS = (
     "bfloat16",
     "float16-compute",
 )
-# Slower than w4, with more error, wherever measured (docs/precision.md): offered when asked for by name.
-NAMED_FORMS = (w4a8.NAME,)
+# Offered when named only: w4a8 is slower than w4, with more error, wherever measured; 8-bit floats err more
+# than integers of their size on weights as they usually are (docs/precision.md).
+_FLOATS8 = ("stored-f8", "stored-mxf8")
+NAMED_FORMS = (w4a8.NAME, *_FLOATS8)
 _LINEAR = ("matmul", "gemm")
 _BLOCKS = ("w8", "w4", "w2")
 _STORED = ("conv", "convtranspose", "recurrent", "embedding", *_LINEAR)
@@ -62,6 +64,8 @@ _EMITTERS: dict[tuple[str, str], Emitter] = {
     },
     ("embedding", "stored-w4"): weight_only.emit_stored,
     **{(kind, name): float16.emit_stored for kind in _STORED for name in ("float16", "bfloat16")},
+    **{(kind, "stored-f8"): float8.emit_stored for kind in _STORED if kind != "embedding"},
+    **{(kind, "stored-mxf8"): float8.emit_stored for kind in ("conv", "convtranspose", *_LINEAR)},
     ("product", "w8a8-static"): static.emit_product,
     ("product", "w8a8-dynamic"): dynamic.emit_product,
     **{(kind, "float16-compute"): float16.emit_compute for kind in ("conv", *_LINEAR)},
@@ -90,7 +94,7 @@ class Quantize(Transform):
     Source: Jacob et al. 2018, arXiv:1712.05877 (integer arithmetic). Deviates: clipping is searched.
 
     Attributes:
-        forms: Options to offer, out of :data:`FORMS` and :data:`NAMED_FORMS`.
+        forms: Options to offer, out of :data:`FORMS` (the default) and :data:`NAMED_FORMS`.
         ranges: How activation ranges are chosen: ``mse``, ``percentile``, ``minmax`` or ``entropy``.
         clipping: How weight ranges are chosen: ``mse`` or ``minmax``.
         smoothing: Rules that scales between an activation's channels and its weights are chosen from: alphas
@@ -131,7 +135,7 @@ class Quantize(Transform):
     needs: ClassVar[frozenset[Need]] = frozenset({"ranges", "vectors"})
     name: ClassVar[str] = NAME
     storage_only: ClassVar[frozenset[str]] = frozenset(
-        {"stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16", "bfloat16"}
+        {"stored-w8", "stored-w4", "stored-w3", "stored-w2", "float16", "bfloat16", *_FLOATS8}
     )
 
     def __post_init__(self) -> None:
@@ -235,6 +239,8 @@ class Quantize(Transform):
             return self._static(site, program, statistics, bits)
         if form in ("float16", "bfloat16", "float16-compute"):
             return self._half(form, site, program, statistics)
+        if form in float8.OPSETS:
+            return self._float8(form, site, program)
         if form == "stored-w8":
             return Option(form, self._channels(bits, site, program, statistics))
         if form == "w8a8-dynamic":
@@ -289,6 +295,12 @@ class Quantize(Transform):
         if form == "float16-compute":
             fits = fits and float16.stays_within((*site.inputs, *site.outputs), statistics)
         return Option(form) if fits else None
+
+    def _float8(self, form: str, site: Site, program: Program) -> Option | None:
+        parameters: dict[str, Any] = {"opset": float8.OPSETS[form]}
+        if form == "stored-mxf8":
+            parameters["block"] = stored_block(site, program, float8.BLOCK)
+        return Option(form, parameters)
 
     def _channels(self, bits: int, site: Site, program: Program, statistics: Any) -> dict[str, Any]:
         """How weights with a scale a channel are made."""

@@ -142,7 +142,14 @@ def _stored_blocks(rewriter: Rewriter, weight: ir.Value, made: Coded, bits: int,
         )
     else:
         real = emit_codes(rewriter, weight, made.form, made.codes, bits, shape)
-    real = _scaled(rewriter, weight, made, real)
+    return unblocked(rewriter, weight, _scaled(rewriter, weight, made, real), axis)
+
+
+def unblocked(rewriter: Rewriter, weight: ir.Value, real: ir.Value, axis: int) -> ir.Value:
+    """``[channels, blocks, block]`` in the weight's shape, whose ``axis`` numbers channels."""
+    array = constant_array(weight)
+    assert array is not None
+    moved = np.moveaxis(array, axis, 0)
     name = f"lamina.shape{'x'.join(map(str, moved.shape))}"
     dims = common(rewriter, np.array(moved.shape, np.int64), name)
     real = rewriter.op("Reshape", [real, dims], name=f"{short_name(weight)}.reshape", dtype=FLOAT)

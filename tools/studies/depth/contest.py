@@ -25,7 +25,7 @@ import numpy as np
 from lamina.backends import get_backend
 from lamina.budget import Budget
 from lamina.data.splitting import load_splits
-from lamina.driver import few_samples, proven_folds
+from lamina.driver import proven_folds
 from lamina.ir.branches import cache_ports
 from lamina.ir.capture import capture
 from lamina.planner.builder import Builder, Finalist
@@ -38,6 +38,7 @@ from lamina.planner.referee import Referee
 from lamina.planner.request import Request
 from lamina.planner.rule_seeds import RuleSeeds
 from lamina.planner.search import Goal, Search
+from lamina.planner.selection import few_samples
 from lamina.planner.space import Genome
 from lamina.planner.strategy import rule_seeds, strategy_of
 from lamina.planner.timing import Relative, Stopwatch

@@ -111,6 +111,8 @@ def _reader(data: Dataset) -> Any:
 SCHEMES: dict[str, tuple[int, str, Scheme]] = {
     "stored-w8 nearest": (8, "lamina", ours("stored-w8", "nearest")),
     "stored-w8 descent": (8, "lamina", ours("stored-w8", "descent")),
+    "stored-f8 nearest": (8, "lamina", ours("stored-f8", "nearest")),
+    "stored-mxf8 nearest": (8, "lamina", ours("stored-mxf8", "nearest")),
     "blocks-w4 nearest": (4, "lamina", ours("w4", "nearest")),
     "blocks-w4 descent": (4, "lamina", ours("w4", "descent")),
     "blocks-w4 descent+rsq": (4, "lamina", by_attention(ours("w4", "descent", weights=RECEIVED))),
