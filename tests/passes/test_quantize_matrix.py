@@ -30,7 +30,7 @@ BOUNDS = {
     "stored-mxf8": 0.035,
 }
 OPSETS = (13, 17, 21)
-EVERY = Quantize(forms=FORMS, dynamic_conv=True, products=True)
+EVERY = Quantize(forms=(*FORMS, "stored-f8", "stored-mxf8"), dynamic_conv=True, products=True)
 rng = np.random.default_rng(31)
 
 
