@@ -1,11 +1,12 @@
-"""Peak memory while a model is quantized to static 8 bits: lamina's run, its form alone, ONNX Runtime's.
+"""Peak memory and time of quantizing to static 8 bits: lamina's run, its form alone, ONNX Runtime's tool.
 
     python -m tools.bench.memory [--cases kwt1,mobilenet] [--seconds 5]
 
 Each runs in a process of its own, on the same samples (128 at most). The baseline is what the process holds
 with everything imported and the samples loaded; printed is the peak over it, beside the model's size and that
 of one batch, which no method can do without. ``lamina.quantize`` times candidates in further processes: the
-largest of these is printed too, with all it holds. Linux only: the peak is ``VmHWM`` of ``/proc``.
+largest of these is printed too, with all it holds. Time is CPU time of the process, imports left out, beside
+that of one run over the samples. Linux only: the peak is ``VmHWM`` of ``/proc``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,7 +76,20 @@ def peer(case: Case, samples: dict[str, np.ndarray], folder: Path, seconds: floa
     peers.static(model, folder, samples, list(samples), case.batch_size)
 
 
+def one_run(case: Case, samples: dict[str, np.ndarray], folder: Path, seconds: float) -> None:
+    """The original on the samples, batch by batch: what calibrating takes at least."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(case.path), options, providers=["CPUExecutionProvider"])
+    given = [i.name for i in session.get_inputs()]
+    for start in range(0, len(next(iter(samples.values()))), case.batch_size):
+        session.run(None, {k: samples[k][start : start + case.batch_size] for k in given})
+
+
 SYSTEMS: dict[str, Callable[[Case, dict[str, np.ndarray], Path, float], None]] = {
+    "one run over the samples": one_run,
     "lamina.quantize": whole_run,
     "lamina, the form alone": form_alone,
     "onnxruntime quantize_static": peer,
@@ -99,13 +114,15 @@ def measure(case: Case, system: str, seconds: float) -> dict[str, float]:
     samples = samples_of(case)
     with tempfile.TemporaryDirectory() as folder:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-        before = resident("VmRSS")
+        before, start = resident("VmRSS"), time.process_time()
         SYSTEMS[system](case, samples, Path(folder), seconds)
+        spent = time.process_time() - start
         peak = resident("VmHWM") - before
     batch = sum(a[: case.batch_size].nbytes for a in samples.values())
     return {
         "peak_over_baseline_mb": peak / 1e6,
         "baseline_mb": before / 1e6,
+        "cpu_s": spent,
         "model_mb": case.path.stat().st_size / 1e6,
         "batch_mb": batch / 1e6,
         "samples": len(next(iter(samples.values()))),
@@ -125,8 +142,10 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(chosen[0], options.one, options.seconds)))
         return
-    print("| model | quantizer | peak over baseline, MB | model + one batch, MB | largest child, MB |")
-    print("| --- | --- | --- | --- | --- |")
+    print(
+        "| model | quantizer | peak over baseline, MB | model + one batch, MB | largest child, MB | CPU s |"
+    )
+    print("| --- | --- | --- | --- | --- | --- |")
     for case in chosen:
         for system in SYSTEMS:
             words = [sys.executable, "-m", "tools.bench.memory", "--cases", case.name, "--one", system]
@@ -140,7 +159,8 @@ def main() -> None:
             print(
                 f"| {case.name} ({found['samples']} samples, batch {found['batch_size']}) | {system} "
                 f"| {found['peak_over_baseline_mb']:.1f} "
-                f"| {found['model_mb']:.1f} + {found['batch_mb']:.1f} | {child:.0f} |",
+                f"| {found['model_mb']:.1f} + {found['batch_mb']:.1f} | {child:.0f} "
+                f"| {found['cpu_s']:.1f} |",
                 flush=True,
             )
 
