@@ -1,4 +1,4 @@
-"""ONNX Runtime's own uniform quantizations, as its documentation recommends them."""
+"""Other tools' uniform quantizations: ONNX Runtime as its documentation recommends, and all with no options."""
 
 from __future__ import annotations
 
@@ -84,15 +84,42 @@ def default_static(
     return path
 
 
+def nncf_default(
+    model: Path, folder: Path, samples: dict[str, np.ndarray], names: list[str], batch: int
+) -> Path:
+    """NNCF's post-training quantization as it is with no options given; needs ``pip install nncf``."""
+    import nncf
+
+    path = folder / "nncf.onnx"
+    data = nncf.Dataset(_batches(samples, names, batch))
+    onnx.save(nncf.quantize(onnx.load(model), data), path)
+    return path
+
+
+def onnxsim_default(
+    model: Path, folder: Path, samples: dict[str, np.ndarray], names: list[str], batch: int
+) -> Path:
+    """The static quantizer of onnxsim with no options but the samples; needs ``pip install onnxsim``."""
+    import onnxsim
+
+    path = folder / "onnxsim.onnx"
+    onnx.save(onnxsim.quantize_static(str(model), _batches(samples, names, batch)), path)
+    return path
+
+
+def _batches(samples: dict[str, np.ndarray], names: list[str], batch: int) -> list[dict[str, np.ndarray]]:
+    """Up to 128 calibration samples."""
+    starts = range(0, min(len(samples[names[0]]), 128), batch)
+    return [{n: samples[n][i : i + batch] for n in names} for i in starts]
+
+
 def _reader(samples: dict[str, np.ndarray], names: list[str], batch: int) -> Any:
     """Up to 128 calibration samples, as the tool wants to be given them."""
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            count = len(samples[names[0]])
-            starts = range(0, min(count, 128), batch)
-            self.batches = iter([{n: samples[n][i : i + batch] for n in names} for i in starts])
+            self.batches = iter(_batches(samples, names, batch))
 
         def get_next(self) -> Any:
             return next(self.batches, None)

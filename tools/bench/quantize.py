@@ -1,8 +1,8 @@
-"""``lamina.quantize`` beside ONNX Runtime's quantizers, everybody with no options given.
+"""``lamina.quantize`` beside quantizers of ONNX Runtime, NNCF and onnxsim, everybody with no options given.
 
     python -m tools.bench.quantize [--cases kwt1,minilm] [--seconds 60] [--threads 1] [--out out/quantize]
 
-Everybody gets the model; the static quantizer the calibration samples; lamina the samples, the metric, and
+Everybody gets the model; static quantizers the calibration samples; lamina the samples, the metric, and
 where and at what shapes the result will run, which it measures on. Quality is on report data no search saw,
 by the judge that shares no code with lamina; times are in alternation, each model in a process of its own.
 """
@@ -29,7 +29,12 @@ from tools.bench.run import file_bytes, timed
 
 
 def run_case(
-    case: Case, out: Path, seconds: float, threads: int, lamina_options: dict[str, Any]
+    case: Case,
+    out: Path,
+    seconds: float,
+    threads: int,
+    lamina_options: dict[str, Any],
+    with_ours: bool = True,
 ) -> dict[str, Any]:
     """Quantize one case with everybody, score and time what came out."""
     folder = out / case.name
@@ -62,8 +67,16 @@ def run_case(
         "ort static": lambda source: peers.default_static(
             source, folder, data["calibration"], names, case.batch_size
         ),
+        "nncf": lambda source: peers.nncf_default(
+            source, folder, data["calibration"], names, case.batch_size
+        ),
+        "onnxsim": lambda source: peers.onnxsim_default(
+            source, folder, data["calibration"], names, case.batch_size
+        ),
         "lamina": ours,
     }
+    if not with_ours:
+        del systems["lamina"]
     with tempfile.TemporaryDirectory() as scratch:
         source = peers.one_file(case.path, Path(scratch))
         for name, quantize in systems.items():
@@ -116,6 +129,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out/quantize"))
+    parser.add_argument("--peers-only", action="store_true", help="leave lamina out")
     for option in ("bits", "size", "drop", "strategy"):
         parser.add_argument(f"--{option}", help="given to lamina.quantize")
     chosen = parser.parse_args()
@@ -123,7 +137,9 @@ def main() -> None:
     options = {k: v for k in ("bits", "size", "drop", "strategy") if (v := getattr(chosen, k)) is not None}
     for case in CASES:
         if case.name in chosen.cases.split(","):
-            found = run_case(case, chosen.out, chosen.seconds, chosen.threads, options)
+            found = run_case(
+                case, chosen.out, chosen.seconds, chosen.threads, options, with_ours=not chosen.peers_only
+            )
             (chosen.out / f"{case.name}.json").write_text(json.dumps(found, indent=1))
             show(found)
 
