@@ -1,4 +1,4 @@
-"""Other tools' uniform quantizations: ONNX Runtime as its documentation recommends, and all with no options."""
+"""Uniform quantizations of other tools: ONNX Runtime as its documentation recommends; all with no options."""
 
 from __future__ import annotations
 
