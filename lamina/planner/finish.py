@@ -11,9 +11,10 @@ from lamina.backends.measure import Ratio
 from lamina.budget import FOOTPRINT
 from lamina.errors import InfeasibleBudget
 from lamina.ir.io import serialized_size
-from lamina.planner.affordable import affordable
+from lamina.planner.affordable import MARGIN, affordable
 from lamina.planner.builder import Builder, Finalist
 from lamina.planner.costs import fit_scales
+from lamina.planner.goal import AIM
 from lamina.planner.judge import Judge, Verdict
 from lamina.planner.knapsack import solve
 from lamina.planner.mend import mend_best, reach
@@ -80,7 +81,11 @@ def choose(request: Request, builder: Builder, judge: Judge, search: Search) -> 
     allowed = search.goal.allowed_damage
     shortlist(builder, search)
     for _ in range(LOOKS):
-        if not (correct_size(request, builder, search) or look_elsewhere(builder, search)):
+        if not (
+            correct_size(request, builder, search)
+            or correct_latency(request, builder, search)
+            or look_elsewhere(builder, search)
+        ):
             break
         shortlist(builder, search)
     reach(request, builder, search)
@@ -172,6 +177,25 @@ def _loosen_size(limit: float, builder: Builder, search: Search) -> bool:
     search.goal = replace(search.goal, bounds={**search.goal.bounds, "size": bound})
     search.run()
     return True
+
+
+def correct_latency(request: Request, builder: Builder, search: Search) -> bool:
+    """Search as far below the latency bound as finished plans are above prediction; whether that helped.
+
+    For when no plan that was predicted to be fast enough is: others, a little faster, may be.
+    """
+    bounds = [b for b in request.budget.costs if b.axis == "latency"]
+    done = [f for f in builder.done.values() if f.candidate.feasible(search.goal)]
+    if not bounds or not done:
+        return False
+    limit = min(b.value if b.relative else b.value / builder.original_latency_s for b in bounds)
+    if min(f.relative.ratio for f in done) <= MARGIN * limit:
+        return False
+    beyond = min(f.relative.ratio / f.candidate.predicted["latency"] for f in done)
+    tighter = min(AIM * limit / beyond, AIM * search.goal.bounds["latency"])
+    search.goal = replace(search.goal, bounds={**search.goal.bounds, "latency": tighter})
+    search.run()
+    return any(c.feasible(search.goal) and c.genome not in builder.done for c in search.archive.values())
 
 
 def look_elsewhere(builder: Builder, search: Search) -> bool:

@@ -1,0 +1,65 @@
+"""When finished plans are slower than predicted, slower than the bound allows, faster ones are looked for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from lamina.budget import Budget
+from lamina.planner.finish import correct_latency
+from lamina.planner.goal import AIM
+from lamina.planner.search import Goal
+
+
+class Candidate(SimpleNamespace):
+    def feasible(self, goal: Goal) -> bool:
+        return goal.affords(self.predicted)
+
+
+def candidate(genome: str, predicted: float) -> Candidate:
+    return Candidate(genome=genome, predicted={"latency": predicted})
+
+
+def finished(genome: str, predicted: float, measured: float) -> Any:
+    relative = SimpleNamespace(ratio=measured)
+    return SimpleNamespace(candidate=candidate(genome, predicted), relative=relative)
+
+
+class Search(SimpleNamespace):
+    def run(self) -> None:
+        self.archive = {**self.archive, **{c.genome: c for c in self.new}}
+
+
+def corrected(done: list[Any], new: list[Candidate], limit: str = "latency<=0.7x") -> tuple[bool, float]:
+    builder: Any = SimpleNamespace(done={f.candidate.genome: f for f in done}, original_latency_s=2.0)
+    goal = Goal("damage", {"latency": AIM * 0.7})
+    search: Any = Search(goal=goal, archive={f.candidate.genome: f.candidate for f in done}, new=new)
+    request: Any = SimpleNamespace(budget=Budget.parse(limit))
+    return correct_latency(request, builder, search), search.goal.bounds["latency"]
+
+
+def test_the_bound_is_tightened_by_what_the_nearest_plan_took_beyond_its_prediction() -> None:
+    slow = [finished("a", 0.6, 0.8), finished("b", 0.65, 0.78)]
+    found, bound = corrected(slow, [candidate("c", 0.5)])
+    assert found
+    assert bound == pytest.approx(AIM * 0.7 * 0.65 / 0.78)
+    # a plan that is still predicted to be too slow is no news
+    assert not corrected(slow, [candidate("c", 0.6)])[0]
+    # 1.4 s of 2 s are the same bound
+    assert corrected(slow, [candidate("c", 0.5)], "latency<=1400ms") == (True, pytest.approx(bound))
+
+
+@pytest.mark.parametrize(
+    ("done", "limit"),
+    [
+        ([finished("a", 0.6, 0.8), finished("b", 0.6, 0.65)], "latency<=0.7x"),  # one is fast enough
+        ([], "latency<=0.7x"),
+        ([finished("a", 0.6, 0.8)], "size<=0.5x"),
+    ],
+)
+def test_otherwise_the_search_is_left_alone(done: list[Any], limit: str) -> None:
+    found, bound = corrected(done, [candidate("c", 0.1)], limit)
+    assert not found
+    assert bound == AIM * 0.7
