@@ -27,8 +27,8 @@ the original's on one thread, all plans of a model timed in alternation, weighte
 **damage** is points of top-1 or Spearman, percent of the loss, on report samples that nothing else saw, with
 the 95 % interval of a paired bootstrap. A contender that has no plan within a latency is left out of the row.
 *Compensated*: the same plan with its weights refitted, where that lowered the damage on selection samples;
-`-` where it did not, or where the plan was not among the few that were tried. The planner does what it does
-in a run: its three best plans are compensated, and the one of least damage on selection samples is returned.
+`-` where it did not, or where the plan was not among the few that were tried. Of the planner's compensated
+plans it is the one of least damage on selection samples, as in a run.
 """
 
 
