@@ -268,6 +268,17 @@ class Search:
             genome = solve(self.costs, self.damage, minimize="damage", bounds=bounds)
             if genome is not None:
                 self.measure(genome)
+        for alone in self._transforms_alone():
+            genome = solve(self.costs, alone, minimize="damage", bounds=self.goal.bounds)
+            if genome is not None:
+                self.measure(genome)
+
+    def _transforms_alone(self) -> Iterator[list[list[float]]]:
+        """Divergences with the options of one transform only, for each: sums mislead most where kinds mix."""
+        names = [choice.transform.name for choice in self.costs.space.choices]
+        for name in dict.fromkeys(names) if len(set(names)) > 1 else ():
+            rows = zip(names, self.damage, strict=True)
+            yield [row if own == name else [1e9] * len(row) for own, row in rows]
 
     def _seed_by_damage(self) -> None:
         """Walk the surrogate bound from loose to tight, then bisect around where feasibility changes."""

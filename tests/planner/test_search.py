@@ -55,6 +55,36 @@ def test_least_damage_under_a_cost_bound(seed: int) -> None:
     assert found.score.damage <= min(judge.score(g).damage for g in fits) + 0.05
 
 
+class Deceived(Judge):
+    """Drops alone do what they are said to; beside them everything else does ten times as much."""
+
+    def score(self, genome: Genome, batches: int | None = None) -> Score:
+        taken = [
+            (self.space.choices[i].transform.name, self.damage[i][g - 1]) for i, g in enumerate(genome) if g
+        ]
+        mixed = len({name for name, _ in taken}) > 1
+        total = sum(d * (10 if mixed else 1) for _, d in taken)
+        return Score(1 - total, total, 0.0, 100)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_time_to_look_the_best_of_one_transform_is_known(seed: int) -> None:
+    space = toy_space(toy_program())
+    costs, damage = random_costs(space, seed)
+    judge, goal = Deceived(space, damage), Goal("damage", {"latency": 0.7}, float("inf"))
+    found = Search(costs, damage, judge, goal, seconds=0, seed=seed).run()[0]  # type: ignore[arg-type]
+    names = {c.transform.name for c in space.choices}
+    for name in names:
+        alone = [
+            g
+            for g in every(space)
+            if costs.predict(g)["latency"] <= 0.7
+            and {space.choices[i].transform.name for i, k in enumerate(g) if k} == {name}
+        ]
+        if alone:
+            assert found.score.damage <= min(judge.score(g).damage for g in alone) + 1e-6
+
+
 def test_an_impossible_bound_leaves_nothing_feasible() -> None:
     space = toy_space(toy_program())
     costs, damage = random_costs(space, 0)
