@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from rich.console import Console
 from rich.table import Table
 
@@ -173,12 +174,10 @@ def plot(results: list[dict[str, Any]], threads: str, path: Path) -> None:
 
 
 def file_bytes(path: Path) -> int:
-    """Of a model and its external data."""
-    return (
-        sum(p.stat().st_size for p in path.parent.glob(f"{path.name}*"))
-        if path.parent.name != "minilm"
-        else sum(p.stat().st_size for p in path.parent.iterdir() if p.suffix in (".onnx", ".bin"))
-    )
+    """Of a model and the files of external data that it names."""
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    files = {e.value for t in tensors for e in t.external_data if e.key == "location"}
+    return sum(p.stat().st_size for p in (path, *(path.parent / f for f in files)))
 
 
 def main() -> None:
