@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from scipy.special import erf
 
 from lamina.analysis.adjoint_tape import Call, Rule, narrowed
 from lamina.errors import UnsupportedOperator
@@ -66,6 +65,8 @@ def _gelu(call: Call) -> Parts:
         inner = np.tanh(root * (x + 0.044715 * x**3))
         slope = 0.5 * (1 + inner) + 0.5 * x * (1 - inner**2) * root * (1 + 3 * 0.044715 * x**2)
     else:
+        from scipy.special import erf  # late: scipy takes longer to import than all of lamina
+
         slope = 0.5 * (1 + erf(x / math.sqrt(2))) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     return [(call.grad * slope).astype(np.float32)]
 

@@ -185,7 +185,8 @@ def correct_latency(request: Request, builder: Builder, search: Search) -> bool:
     For when no plan that was predicted to be fast enough is: others, a little faster, may be.
     """
     bounds = [b for b in request.budget.costs if b.axis == "latency"]
-    done = [f for f in builder.done.values() if f.candidate.feasible(search.goal)]
+    own = [f for f in builder.done.values() if f.candidate.genome in search.archive]
+    done = [f for f in own if f.candidate.feasible(search.goal)]
     if not bounds or not done:
         return False
     limit = min(b.value if b.relative else b.value / builder.original_latency_s for b in bounds)

@@ -51,6 +51,17 @@ def test_the_bound_is_tightened_by_what_the_nearest_plan_took_beyond_its_predict
     assert corrected(slow, [candidate("c", 0.5)], "latency<=1400ms") == (True, pytest.approx(bound))
 
 
+def test_plans_of_other_searches_do_not_count() -> None:
+    builder: Any = SimpleNamespace(done={"a": finished("a", 0.6, 0.8), "x": finished("x", 0.5, 0.6)})
+    search: Any = Search(
+        goal=Goal("damage", {"latency": AIM * 0.7}),
+        archive={"a": candidate("a", 0.6)},
+        new=[candidate("c", 0.4)],
+    )
+    request: Any = SimpleNamespace(budget=Budget.parse("latency<=0.7x"))
+    assert correct_latency(request, builder, search)
+
+
 @pytest.mark.parametrize(
     ("done", "limit"),
     [
