@@ -399,3 +399,19 @@ def test_a_pass_is_not_run_where_no_operator_is_what_it_wants(monkeypatch: pytes
     assert asked == []
     fold(build("s = Shape(x) a = Identity(x) y = Reshape(a, s)"))
     assert set(asked) == {"eliminate-identities", "fold-shapes"}
+
+
+def test_what_rules_did_to_one_model_does_not_change_what_they_do_to_the_next() -> None:
+    weights = {"p": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "w": random(4, 3, 3, 3)}
+    padded = build("a = Pad(x, p) y = Conv <pads=[1,1,1,1]> (a, w)", weights)
+    relus = build("a = Relu(x) y = Relu(a)", outputs="float[N,3,5,6] y")
+
+    def nodes() -> list[tuple[str, str]]:
+        after = apply_named(padded, ["simplify_patterns"])
+        return [(n.op_type, n.name or "") for n in after.graph]
+
+    first = nodes()
+    for other in (relus, build("a = Cast <to=1> (x) y = Relu(a)", outputs="float[N,3,5,6] y")):
+        apply_named(other, ["simplify_patterns"])
+        assert nodes() == first
+    assert [op for op, _ in first] == ["Conv"]

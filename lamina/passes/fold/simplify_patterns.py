@@ -61,7 +61,9 @@ class SimplifyPatterns(LibraryFold):
         """Call the library."""
         from onnxscript.rewriter import RewritePass
 
-        RewritePass([_rules(model)])(model)
+        rules = _rules(model)
+        rules.reset()
+        RewritePass([rules])(model)
 
     def idle(self, model: ir.Model) -> bool:
         """Whether no rule matches anywhere: a second run that finds nothing cost as much as the first."""
@@ -93,7 +95,14 @@ class _ByRoot:
         for rule in rules:
             for output in rule._target_pattern.output_nodes:
                 self._by_root.setdefault(output.op_type, []).append((rule, _needs(output)))
-        # What the library reads of the rule that was applied last; False has it sweep up at the end.
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the last model: what the library reads of the rule that was applied last.
+
+        trap: it decides at the beginning whether to sweep up at the end, which remove_nodes=False has it do;
+        what the last model left there kept replaced nodes alive in the next.
+        """
         self.remove_nodes, self.as_function, self.name = False, False, None
 
     def graph_pre_visitor(self) -> None:

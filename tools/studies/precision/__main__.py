@@ -47,6 +47,9 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file of the results")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
+    parser.add_argument(
+        "--tokens", type=int, default=_TOKENS, help="of each story to calibrate on, at most 512"
+    )
     parser.add_argument("--schemes", nargs="*", choices=list(SCHEMES), default=list(SCHEMES))
     parser.add_argument("--forms", nargs="*", default=[], help="exact forms to write before quantizing")
     options = parser.parse_args(arguments)
@@ -56,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         done = {r["scheme"] for r in rows if r["model"] == name}
         missing = [s for s in options.schemes if s + written not in done]
         if missing:
-            for row in measure(name, missing, options.forms):
+            for row in measure(name, missing, options.forms, options.tokens):
                 row["scheme"] += written
                 if row["scheme"] in done:
                     continue
@@ -66,9 +69,9 @@ def main(arguments: list[str] | None = None) -> None:
     print(summary(rows))
 
 
-def measure(name: str, schemes: list[str], forms: Sequence[str] = ()) -> Iterator[Row]:
+def measure(name: str, schemes: list[str], forms: Sequence[str] = (), tokens: int = _TOKENS) -> Iterator[Row]:
     """One row a scheme, and one of the original in these forms."""
-    captured, calibration, report, metric = load(name)
+    captured, calibration, report, metric = load(name, tokens)
     original, program = fold(captured)[0], fold(captured, forms=forms)[0]
     divergence, task = get_metric(None, original), get_metric(metric, original)
     plain = runner(ir.to_proto(original.model))
@@ -98,7 +101,7 @@ def measure(name: str, schemes: list[str], forms: Sequence[str] = ()) -> Iterato
         yield row
 
 
-def load(name: str) -> tuple[Program, Dataset, Dataset, str]:
+def load(name: str, tokens: int = _TOKENS) -> tuple[Program, Dataset, Dataset, str]:
     """The model, its calibration and report data, and its task's metric."""
     case = next(c for c in CASES if c.name == name)
     program, parts = capture(case.path), case.load()
@@ -106,7 +109,8 @@ def load(name: str) -> tuple[Program, Dataset, Dataset, str]:
     for part, rows in (("calibration", 256), ("report", _REPORT[name])):
         arrays = parts[part]
         if name == "stories260k":
-            arrays = {k: v[:, :_TOKENS] for k, v in arrays.items()}
+            kept = tokens if part == "calibration" else _TOKENS
+            arrays = {k: v[:, :kept] for k, v in arrays.items()}
         found = load_data(arrays, program, batch_size=16)
         places = np.linspace(0, found.samples - 1, min(rows, found.samples)).astype(np.int64)
         data.append(found.rows(places))

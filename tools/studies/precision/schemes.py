@@ -133,6 +133,11 @@ SCHEMES |= {
     f"stored-w4 x16 {method}": (4, "lamina", ours("stored-w4", method, block=16))
     for method in ("nearest", "descent", "output")
 }
+SCHEMES["stored-w4 x16 output, 32768 vectors"] = (
+    4,
+    "lamina",
+    ours("stored-w4", "output", block=16, vectors=32768),
+)
 for _bits, _method, _rank in ((4, "nearest", 16), (4, "descent", 4), (4, "descent", 16), (2, "descent", 16)):
     SCHEMES[f"stored-w{_bits} {_method}+eora-{_rank}"] = (
         _bits,
