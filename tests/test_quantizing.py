@@ -114,8 +114,8 @@ def test_unasked_the_whole_model_is_in_eight_bits(tmp_path: Path) -> None:
 def test_a_plan_whose_file_is_smaller_than_predicted_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     from lamina.planner import pricing
 
-    honest = pricing.framing_bytes
-    monkeypatch.setattr(pricing, "framing_bytes", lambda space: [[b + 500 for b in r] for r in honest(space)])
+    honest = pricing.written_bytes
+    monkeypatch.setattr(pricing, "written_bytes", lambda space: [[b + 500 for b in r] for r in honest(space)])
     result = quantized()
     assert result.evidence["widths"]["operators"] == {"8": 2}
     assert all(check["met"] for check in result.evidence["met"].values())

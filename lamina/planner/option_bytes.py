@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import onnx_ir as ir
 
@@ -24,21 +24,24 @@ def stored_bytes(space: Space) -> list[list[int]]:
     return _emitted(space, lambda graph: sum(_tensors(graph.initializers.values())))
 
 
-def framing_bytes(space: Space) -> list[list[int]]:
-    """Bytes that each option adds around weights: its nodes and names less those of the site.
+def written_bytes(space: Space) -> list[list[int]]:
+    """Bytes that each option adds to the file: its weights, nodes and names, less the nodes of the site.
 
     Exporters leave hundreds of bytes of metadata on a node; of a model of half a megabyte in 8 bits that was
     a twentieth.
     """
-    own = [site_framing(space.program, c.site.nodes, c.site.weights) for c in space.choices]
-    made = _emitted(space, _framing)
+    nodes = {n.name or "": n for n in space.program.graph}
+    own = [site_framing(space.program, nodes, c.site.nodes, c.site.weights) for c in space.choices]
+    made = _emitted(space, lambda graph: sum(_tensors(graph.initializers.values())) + _framing(graph))
     return [[given - before for given in row] for row, before in zip(made, own, strict=True)]
 
 
-def site_framing(program: Program, nodes: Iterable[str], weights: Iterable[str]) -> int:
+def site_framing(
+    program: Program, nodes: Mapping[str, ir.Node], site: Iterable[str], weights: Iterable[str]
+) -> int:
     """Bytes of a site's own nodes, and of the headers of those weights that it alone reads."""
-    names = set(nodes)
-    found = sum(_node(n) for n in program.graph if n.name in names)
+    names = set(site)
+    found = sum(_node(nodes[name]) for name in names if name in nodes)
     for weight in weights:
         value = program.graph.initializers.get(weight)
         if value is not None and all(use.node.name in names for use in value.uses()):

@@ -11,7 +11,7 @@ from lamina.backends.backend import Workload
 from lamina.ir.program import Program
 from lamina.passes.pass_ import Option
 from lamina.planner.costs import Border, Costs, Loan
-from lamina.planner.option_bytes import framing_bytes, stored_bytes
+from lamina.planner.option_bytes import written_bytes
 from lamina.planner.prices import Prices
 from lamina.planner.space import Choice, Space
 
@@ -80,11 +80,8 @@ def shared_costs(space: Space, base: Mapping[str, float], operator_flops: Mappin
 def _size(space: Space) -> list[list[float]]:
     """Bytes every option adds to the file."""
     return [
-        [
-            float(stored + around - _own_weight_bytes(space, c))
-            for stored, around in zip(row, frame, strict=True)
-        ]
-        for c, row, frame in zip(space.choices, stored_bytes(space), framing_bytes(space), strict=True)
+        [float(written) - _own_weight_bytes(space, c) for written in row]
+        for c, row in zip(space.choices, written_bytes(space), strict=True)
     ]
 
 

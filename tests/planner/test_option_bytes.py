@@ -10,7 +10,7 @@ from lamina.ir.program import Program
 from lamina.passes import get_transform
 from lamina.passes.quantize import Quantize
 from lamina.planner.apply import apply_moves
-from lamina.planner.option_bytes import framing_bytes, site_framing, stored_bytes
+from lamina.planner.option_bytes import site_framing, written_bytes
 from lamina.planner.space import Space, build_space
 
 
@@ -25,7 +25,7 @@ def noted(trace: int) -> Program:
 def predicted(space: Space, index: int, gene: int) -> float:
     site = space.choices[index].site
     weights = sum(space.program.graph.initializers[w].const_value.nbytes for w in site.weights)  # type: ignore[union-attr]
-    return stored_bytes(space)[index][gene] + framing_bytes(space)[index][gene] - weights
+    return written_bytes(space)[index][gene] - weights
 
 
 @pytest.mark.parametrize("trace", [1, 700])
@@ -52,7 +52,8 @@ def test_headers_of_shared_weights_stay() -> None:
     program = noted(1)
     names = [n.name or "" for n in program.graph if n.op_type == "MatMul"][:2]
     first, second = (program.graph.node(name) for name in names)
+    nodes = {n.name or "": n for n in program.graph}
     weight = first.inputs[1].name  # type: ignore[union-attr]
-    alone = site_framing(program, names[:1], [weight])
+    alone = site_framing(program, nodes, names[:1], [weight])
     second.replace_input_with(1, first.inputs[1])
-    assert site_framing(program, names[:1], [weight]) < alone
+    assert site_framing(program, nodes, names[:1], [weight]) < alone
