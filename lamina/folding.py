@@ -16,11 +16,11 @@ import onnx_ir as ir
 
 from lamina.backends import get_backend
 from lamina.backends.backend import Backend, Target, Workload
+from lamina.backends.onnxruntime import weight_bytes
 from lamina.data import Dataset, load_data
 from lamina.errors import OutputError, VerificationError
-from lamina.ir.capture import capture
+from lamina.given import Given
 from lamina.ir.collector import collector_paused
-from lamina.ir.fix_shapes import fix_shapes
 from lamina.ir.io import save_model, serialized_size
 from lamina.ir.program import Program
 from lamina.ir.rewriter import Rewrite
@@ -32,10 +32,31 @@ from lamina.planner.form_memory import FormMemory
 from lamina.planner.forms import pick_forms, remembered_forms
 from lamina.planner.timing import Relative, Stopwatch
 from lamina.progress import Progress
-from lamina.proof import Check, Oracle
+from lamina.proof import SMALL_BYTES, Check, Oracle
 from lamina.workload import parse_workload
 
 _UNDONE = ("undone", "stopped")
+_Again = Callable[[], Program] | None
+_Make = Callable[[Program, tuple[str, ...], _Again], "FoldResult"]
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a program is made of.
+
+    Attributes:
+        operators: How often it uses each, subgraphs included.
+        opset: Version of the default operator set.
+    """
+
+    operators: Counter[str]
+    opset: int
+
+    @classmethod
+    def of(cls, program: Program) -> Census:
+        """Count."""
+        names = [f"{n.domain}.{n.op_type}" if n.domain else n.op_type for n in every_node(program.graph)]
+        return cls(Counter(names), program.opset)
 
 
 @dataclass(frozen=True)
@@ -43,7 +64,8 @@ class FoldResult:
     """A folded program and how it came about.
 
     Attributes:
-        original: The program that was folded (with ``shapes`` fixed, where given).
+        given: What was folded.
+        before: What it was made of.
         program: The folded one.
         names: Passes in the order :func:`lamina.passes.fold.apply_named` takes.
         changes: Pass -> how many changes it made.
@@ -54,9 +76,11 @@ class FoldResult:
         forms: Per form tried: name, latency ratio, whether it was kept.
         remembered: Whether an earlier run's measurements chose the forms.
         seconds: Time each stage took.
+        message: The bytes that were checked and ran, where they are few; :meth:`save` writes them.
     """
 
-    original: Program
+    given: Given
+    before: Census
     program: Program
     names: tuple[str, ...]
     changes: Mapping[str, int]
@@ -67,6 +91,7 @@ class FoldResult:
     forms: tuple[Mapping[str, object], ...] = ()
     remembered: bool = False
     seconds: Mapping[str, float] = field(default_factory=dict)
+    message: bytes | None = field(default=None, repr=False)
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write the model; the file at ``path`` is the old one or the new one at any time.
@@ -74,20 +99,21 @@ class FoldResult:
         Raises:
             OutputError: It cannot be written; what was there is intact.
         """
-        return save_model(self.program.model, path)
+        return save_model(self.program.model, path, message=self.message)
 
     def report(self) -> dict[str, Any]:
         """Plain data: what ``lamina fold --json`` prints."""
-        before, after = (_operators(p) for p in (self.original, self.program))
+        before, after = self.before, Census.of(self.program)
+        written = serialized_size(self.program.model) if self.message is None else len(self.message)
         return {
-            "model": self.original.source,
-            "nodes": {"before": before.total(), "after": after.total()},
-            "operators": {op: [before[op], after[op]] for op in sorted(before | after)},
-            "bytes": {
-                "before": serialized_size(self.original.model),
-                "after": serialized_size(self.program.model),
+            "model": self.program.source,
+            "nodes": {"before": before.operators.total(), "after": after.operators.total()},
+            "operators": {
+                op: [before.operators[op], after.operators[op]]
+                for op in sorted(before.operators | after.operators)
             },
-            "opset": {"before": self.original.opset, "after": self.program.opset},
+            "bytes": {"before": self.given.size(), "after": written},
+            "opset": {"before": before.opset, "after": after.opset},
             "passes": list(self.names),
             "changes": dict(self.changes),
             "undone": [dict(entry) for entry in self.undone],
@@ -155,7 +181,8 @@ def fold(
     if isinstance(model, (str, os.PathLike)):
         return written
     if isinstance(model, onnx.ModelProto):
-        return ir.to_proto(result.program.model)
+        message = result.message
+        return ir.to_proto(result.program.model) if message is None else onnx.load_from_string(message)
     return result.program if isinstance(model, Program) else result.program.model
 
 
@@ -194,16 +221,15 @@ def _run(
     aim = None if target is None else Target.parse(target)
     backend = None if aim is None else get_backend(aim)
     with progress.stage("capture"):
-        program = capture(model)
-        if shapes:
-            program = fix_shapes(program, shapes)
+        given = Given(model, shapes)
+        program = given.program
         dataset = None if data is None else load_data(data, program)
-    job = _Job(program, dataset, always, candidates, progress)
+    job = _Job(given, dataset, always, candidates, progress)
     if aim is None or backend is None:
         return job.proven(job.plain)
     cases = parse_workload(workload, program, dataset)
     with _Clock(backend, aim, cases, program.model) as clock:
-        return job.proven(lambda without: job.measured(clock, without), alone=True)
+        return job.proven(lambda folded, without, _: job.measured(clock, folded, without), alone=True)
 
 
 class _Clock:
@@ -230,50 +256,60 @@ class _Clock:
 
 @dataclass
 class _Job:
-    program: Program
+    given: Given
     dataset: Dataset | None
     always: tuple[str, ...]
     candidates: tuple[str, ...] | None
     progress: Progress
 
-    def proven(self, make: Callable[[tuple[str, ...]], FoldResult], *, alone: bool = False) -> FoldResult:
+    def proven(self, make: _Make, *, alone: bool = False) -> FoldResult:
         """Fold, run, verify; a pass that breaks something is left out and folding starts again.
 
         Args:
-            make: Folds without the passes of these names.
+            make: Folds a program without the passes of these names, using it up where it can be had again.
             alone: Whether it measures time, so that nothing may run beside it.
         """
-        banned: dict[str, str] = {}
-        with Oracle(self.program, self.dataset) as oracle:
+        program, banned = self.given.program, dict[str, str]()
+        spare = not alone and self.given.is_spare and weight_bytes(program.model) <= SMALL_BYTES
+        again, before = self.given.again if spare else None, Census.of(program)
+        with Oracle(program, self.dataset, again) as oracle:
             if alone:
                 oracle.wait()
             while True:
                 with self.progress.stage("fold"):
-                    result = make(tuple(banned))
+                    result = make(program, tuple(banned), again)
                 with self.progress.stage("check"):
-                    check, fault = oracle.judge(result.program)
-                    if fault is None or not result.names:
+                    found = oracle.judge(result.program)
+                    if found.fault is None or not result.names:
                         break
-                    banned[oracle.culprit(result.names)] = fault
-        if fault is not None and check.equal is not False:
-            raise VerificationError(fault, advice="this is a bug in lamina: report it with the model")
+                    banned[oracle.culprit(result.names)] = found.fault
+                    program = program if again is None else again()
+        if found.fault is not None and found.check.equal is not False:
+            raise VerificationError(found.fault, advice="this is a bug in lamina: report it with the model")
         left_out = tuple({"pass": load(n).name, "reason": reason} for n, reason in banned.items())
         seconds = dict(self.progress.seconds)
-        return replace(result, check=check, undone=(*result.undone, *left_out), seconds=seconds)
-
-    def plain(self, without: tuple[str, ...]) -> FoldResult:
-        """The exact folds, and the forms that were asked for by name."""
-        program, names, records = fold_program(
-            self.program, forms=self.candidates or (), only=self.always, without=without
+        return replace(
+            result,
+            before=before,
+            check=found.check,
+            undone=(*result.undone, *left_out),
+            seconds=seconds,
+            message=found.message,
         )
-        return self._result(program, names, records)
 
-    def measured(self, clock: _Clock, without: tuple[str, ...]) -> FoldResult:
+    def plain(self, program: Program, without: tuple[str, ...], again: _Again) -> FoldResult:
+        """The exact folds, and the forms that were asked for by name."""
+        forms = self.candidates or ()
+        return self._result(
+            *fold_program(program, forms=forms, only=self.always, without=without, again=again)
+        )
+
+    def measured(self, clock: _Clock, program: Program, without: tuple[str, ...]) -> FoldResult:
         """The forms that the target runs fastest: as an earlier run measured them, or measured now."""
         sets: dict[str, Any] = {"candidates": self.candidates, "only": self.always, "without": without}
-        found = remembered_forms(self.program, clock.memory, **sets)
+        found = remembered_forms(program, clock.memory, **sets)
         if found is None:
-            found = pick_forms(self.program, clock.stopwatch(), self.progress, memory=clock.memory, **sets)
+            found = pick_forms(program, clock.stopwatch(), self.progress, memory=clock.memory, **sets)
         return replace(
             self._result(found.program, found.names, found.records),
             target=str(clock.target),
@@ -286,16 +322,11 @@ class _Job:
         undone = [r for r in records if r.why.startswith(_UNDONE)]
         changes = Counter(r.pass_name for r in records if r not in undone)
         return FoldResult(
-            self.program,
+            self.given,
+            Census(Counter(), 0),
             program,
             names,
             changes,
             tuple({"pass": r.pass_name, "reason": r.why} for r in undone),
             Check(None),
         )
-
-
-def _operators(program: Program) -> Counter[str]:
-    return Counter(
-        f"{node.domain}.{node.op_type}" if node.domain else node.op_type for node in every_node(program.graph)
-    )

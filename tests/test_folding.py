@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import lamina
 from lamina.cli import main
-from lamina.errors import DataError, OutputError, PassError
+from lamina.errors import CaptureError, DataError, OutputError, PassError
 from lamina.folding import run_fold
 from lamina.ir import verify
 from lamina.ir.rewriter import Rewriter
@@ -188,6 +188,47 @@ def test_a_pass_that_changes_the_function_is_named_and_left_out():
     operators = {n.op_type for n in found.program.graph}
     assert "Relu" in operators
     assert "Tanh" not in operators
+
+
+@pytest.mark.usefixtures("wrong_pass")
+def test_a_file_is_read_again_after_a_pass_that_spoiled_the_first_reading(tmp_path: Path):
+    path = tmp_path / "in.onnx"
+    onnx.save(messy(), path)
+    before = path.read_bytes()
+    found = run_fold(path)
+    found.save(path)  # the same file
+    assert [entry["pass"] for entry in found.undone] == ["wrong"]
+    assert lamina.compare(messy(), path).equal
+    assert path.read_bytes() == found.message
+    assert found.report()["bytes"] == {"before": len(before), "after": path.stat().st_size}
+
+
+@pytest.mark.usefixtures("wrong_pass")
+def test_a_file_that_changes_while_it_is_folded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "in.onnx"
+    onnx.save(messy(), path)
+
+    class Meddling(Wrong):
+        def apply(self, rewriter: Rewriter) -> None:
+            super().apply(rewriter)
+            path.write_bytes(path.read_bytes() + b"\0")
+
+    monkeypatch.setitem(globals(), "Wrong", Meddling)
+    with pytest.raises(CaptureError, match="was changed"):
+        run_fold(path)
+
+
+@pytest.mark.parametrize("kind", ["path", "proto", "ir"])
+def test_what_was_given_is_not_changed(kind: str, tmp_path: Path):
+    path = tmp_path / "in.onnx"
+    onnx.save(messy(), path)
+    given: Any = {"path": path, "proto": messy(), "ir": ir.from_proto(messy())}[kind]
+    found = run_fold(given, shapes={"b": 3})
+    assert found.report()["nodes"] == {"before": 9, "after": len(list(found.program.graph))}
+    whole = onnx.load(path) if kind == "path" else given if kind == "proto" else ir.to_proto(given)
+    assert [n.SerializeToString() for n in whole.graph.node] == [
+        n.SerializeToString() for n in messy().graph.node
+    ]
 
 
 class Misshaped(Wrong):

@@ -94,8 +94,8 @@ class OnnxRuntime:
                     advice=f"its options are threads=N; {wanted}",
                 )
 
-    def compile(self, model: ir.Model | Path, target: Target) -> OrtExecutable:
-        """Compile for running in this process.
+    def compile(self, model: ir.Model | Path | bytes, target: Target) -> OrtExecutable:
+        """Compile for running in this process; ``bytes`` are a serialized model.
 
         Raises:
             BackendError: ONNX Runtime refuses the model; names the operator where it can.
@@ -103,7 +103,9 @@ class OnnxRuntime:
         """
         return self.compile_with(model, target, None)
 
-    def compile_with(self, model: ir.Model | Path, target: Target, optimized: Path | None) -> OrtExecutable:
+    def compile_with(
+        self, model: ir.Model | Path | bytes, target: Target, optimized: Path | None
+    ) -> OrtExecutable:
         """Compile; where ``optimized`` is given, also write the runtime's own optimized graph there."""
         self.check(target)
         options = session_options(target)
@@ -112,7 +114,8 @@ class OnnxRuntime:
             options.add_session_config_entry(
                 "session.optimized_model_external_initializers_file_name", f"{optimized.name}.data"
             )
-        where = f"model '{model}'" if isinstance(model, Path) else f"model '{model.graph.name or 'main'}'"
+        name = model.graph.name if isinstance(model, ir.Model) else None
+        where = f"model '{model}'" if isinstance(model, Path) else f"model '{name or 'main'}'"
         try:
             return OrtExecutable(_open(model, options), where)
         except _session.runtime_errors() as error:
@@ -208,8 +211,8 @@ def _initializers(model: ir.Model) -> list[ir.Value]:
     return [v for graph in every_graph(model.graph) for v in graph.initializers.values()]
 
 
-def _open(model: ir.Model | Path, options: Any) -> Any:
-    if isinstance(model, Path):
+def _open(model: ir.Model | Path | bytes, options: Any) -> Any:
+    if not isinstance(model, ir.Model):
         return _session.make_session(model, options)
     data = serialize(model)
     if data is not None:

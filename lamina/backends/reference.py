@@ -14,8 +14,8 @@ from lamina.backends.onnxruntime import OnnxRuntime, OrtExecutable
 REFERENCE = Target("ort", "cpu", 1, {"opt": "disabled"})
 
 
-def compile_reference(model: ir.Model | Path) -> OrtExecutable:
-    """Compile ``model`` for the reference; keep it to run many feeds.
+def compile_reference(model: ir.Model | Path | bytes) -> OrtExecutable:
+    """Compile ``model`` (``bytes``: serialized) for the reference; keep it to run many feeds.
 
     Raises:
         BackendError: ONNX Runtime refuses the model.

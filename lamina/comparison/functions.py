@@ -15,6 +15,7 @@ from lamina.data import Dataset, load_data
 from lamina.errors import BudgetError, DataError
 from lamina.ir.capture import capture
 from lamina.ir.difference import DEFAULT_TOLERANCE
+from lamina.ir.probe_inputs import probe_inputs
 from lamina.ir.program import Program
 
 
@@ -60,7 +61,8 @@ def compare(
     backend = get_backend(aim)
     runs = backend.compile(first.model, aim), backend.compile(second.model, aim)
     names = [p.name for p in shared_outputs(first, second)]
-    tally = run_both(*runs, names, trials(first, dataset, samples, seed), tolerance)
+    inputs = trials(dataset, probe_inputs(first, samples, seed=seed))
+    tally = run_both(*runs, names, inputs, tolerance)
     if not tally.dtypes:
         raise _nothing_ran(tally, first)
     outputs = tuple(summarize(tally, name, tolerance) for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -12,8 +13,7 @@ from lamina.comparison.verdict import OutputDifference
 from lamina.data import Dataset
 from lamina.errors import LaminaError
 from lamina.ir.difference import Difference, difference, epsilon, is_discrete, tolerance_of, unit
-from lamina.ir.probe_inputs import Probe, probe_inputs
-from lamina.ir.program import Program
+from lamina.ir.probe_inputs import Probe
 
 # The first model's own movement under rounded inputs, times this, excuses a difference on an edge input: deep
 # networks round at every operator, the test rounds once.
@@ -76,14 +76,14 @@ class Tally:
         return None if best is None or self.relative(name, best) == 0.0 else best
 
 
-def trials(program: Program, dataset: Dataset | None, samples: int, seed: int) -> Iterator[Trial]:
+def trials(dataset: Dataset | None, generated: Iterable[Probe]) -> Iterator[Trial]:
     """Given data first, batch by batch, then generated inputs."""
     row = 0
     for batch in dataset.batches() if dataset is not None else ():
         said = f"given samples {row} to {row + len(batch) - 1}"
         yield Trial(Probe(said, batch.inputs, "ordinary"), len(batch))
         row += len(batch)
-    yield from (Trial(probe) for probe in probe_inputs(program, samples, seed=seed))
+    yield from map(Trial, generated)
 
 
 def run_both(
@@ -92,11 +92,14 @@ def run_both(
     names: Iterable[str],
     inputs: Iterable[Trial],
     tolerance: float | None,
+    pool: Executor | None = None,
 ) -> Tally:
-    """Run both models on every input and count; see :class:`Tally`."""
+    """Run both models on every input and count; see :class:`Tally`. With ``pool``, side by side."""
     tally, wanted = Tally(), tuple(names)
     for trial in inputs:
         feeds = dict(trial.probe.feeds)
+        known = {k: v for k, v in feeds.items() if k in second.input_names}
+        beside = None if pool is None else pool.submit(second.run, known)
         try:
             before = first.run(feeds)
         except LaminaError as error:
@@ -105,7 +108,7 @@ def run_both(
             continue
         tally.dtypes.update({n: before[n].dtype for n in wanted})
         try:
-            after = second.run({k: v for k, v in feeds.items() if k in second.input_names})
+            after = second.run(known) if beside is None else beside.result()
         except LaminaError as error:
             tally.failures.append(f"{trial.probe.label}: {error.what.splitlines()[0]}")
             continue

@@ -10,7 +10,7 @@ from lamina.comparison.verdict import Structure
 from lamina.errors import DataError
 from lamina.ir.names import every_graph, every_node
 from lamina.ir.normalize import label
-from lamina.ir.program import Port, Program
+from lamina.ir.program import Interface, Port, Program
 from lamina.ir.semantics import why_fenced
 
 
@@ -27,7 +27,7 @@ def compare_structure(first: Program, second: Program) -> Structure:
     counts = _operators(first.model), _operators(second.model)
     weights = _weights(first.model), _weights(second.model)
     return Structure(
-        interface=differing_interface(first, second),
+        interface=differing_interface(first.interface, second.interface),
         shapes=(*_shapes(first.inputs, second.inputs), *_shapes(first.outputs, second.outputs)),
         opsets={
             d or "ai.onnx": (versions[0].get(d), versions[1].get(d))
@@ -46,7 +46,7 @@ def compare_structure(first: Program, second: Program) -> Structure:
     )
 
 
-def differing_interface(first: Program, second: Program) -> tuple[str, ...]:
+def differing_interface(first: Interface, second: Interface) -> tuple[str, ...]:
     """Every difference between the inputs and outputs of two models."""
     return (
         *_ports("input", first.inputs, second.inputs),

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from lamina.errors import CaptureError
 from lamina.ir.amplifiers import amplifies, heavy_nodes
 from lamina.ir.names import every_node, subgraphs
+from lamina.ir.opaque import STANDARD
 from lamina.ir.skeleton import skeleton
 
 _MAX_ROUNDS = 4
@@ -52,11 +53,11 @@ def follows_values(model: ir.Model) -> bool:
 
 def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool, follow: bool) -> None:
     if forget:
-        opaque = {name for n in proto.graph.node if n.domain not in ("", "ai.onnx") for name in n.output}
+        opaque = {v.name for n in model.graph if n.domain not in STANDARD for v in n.outputs}
         kept = [info for info in proto.graph.value_info if info.name in opaque]
         del proto.graph.value_info[:]
         proto.graph.value_info.extend(kept)
-    read = {name for n in proto.graph.node for name in n.input}
+    read = {v.name for v in model.graph.outputs if v.uses()}
     for output in proto.graph.output:
         if output.name in read:  # what it says of itself must not stand for what the nodes behind it get
             output.ClearField("type")
@@ -69,16 +70,19 @@ def _round(model: ir.Model, proto: onnx.ModelProto, *, forget: bool, follow: boo
 
 def _merge(graph: ir.Graph, proto: onnx.GraphProto, known: _Known) -> None:
     infos = {info.name: info for info in (*proto.value_info, *proto.output)}
-    protos = {n.name: n for n in proto.node}
+    protos: dict[str, onnx.NodeProto] = {}
     for node in graph:
         for value in node.outputs:
             if not value.is_graph_output():  # what an earlier inference left in the file
                 value.shape = known_dims(value.shape)
             if value.name in infos:
                 _refine(value, infos[value.name], known)
-        inner_protos = _graph_attributes(protos.get(node.name or ""))
-        for inner_proto, inner in zip(inner_protos, subgraphs(node), strict=False):
-            _merge(inner, inner_proto, known)
+        inside = list(subgraphs(node)) if node.attributes.data else []
+        if inside:
+            protos = protos or {n.name: n for n in proto.node}
+            inner_protos = _graph_attributes(protos.get(node.name or ""))
+            for inner_proto, inner in zip(inner_protos, inside, strict=False):
+                _merge(inner, inner_proto, known)
 
 
 def _graph_attributes(node: onnx.NodeProto | None) -> Iterable[onnx.GraphProto]:

@@ -34,7 +34,7 @@ def load(path: str | os.PathLike[str]) -> Program:
     return capture(Path(path))
 
 
-def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
+def save_model(model: ir.Model, path: str | os.PathLike[str], *, message: bytes | None = None) -> list[Path]:
     """Write ``model`` to ``path``; weights beyond 1.9 GB go to ``<path>.data`` beside it.
 
     Whatever happens meanwhile, ``path`` holds the old model or the new one, whole. What killed saves left and
@@ -43,6 +43,7 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
     Args:
         model: Left unchanged.
         path: The ``.onnx`` file; its folder must exist.
+        message: What :func:`whole` gave for ``model``, where the caller has it at hand.
 
     Returns:
         The files written, the model first.
@@ -51,13 +52,22 @@ def save_model(model: ir.Model, path: str | os.PathLike[str]) -> list[Path]:
         OutputError: The folder is missing or not writable, or the disk is full; what was there is intact.
     """
     with collector_paused():
-        return _save(model, Path(path))
+        return _save(model, Path(path), message)
 
 
-def _save(model: ir.Model, target: Path) -> list[Path]:
+def whole(model: ir.Model) -> onnx.ModelProto:
+    """``model`` with its weights inside, as :func:`save_model` writes what fits into one file.
+
+    Raises:
+        SerdeError: Something in the model cannot be written.
+    """
+    return ir.to_proto(_self_contained(model))
+
+
+def _save(model: ir.Model, target: Path, message: bytes | None) -> list[Path]:
     clean(target)  # before as well: a full disk may be full of what killed saves left
-    if not _is_external(model):
-        write_atomic(target, ir.to_proto(_self_contained(model)).SerializeToString(deterministic=True))
+    if message is not None or not _is_external(model):
+        write_atomic(target, whole(model).SerializeToString() if message is None else message)
         clean(target)
         return [target]
     with contextlib.ExitStack() as held:
@@ -65,7 +75,7 @@ def _save(model: ir.Model, target: Path) -> list[Path]:
         clone, tensors = _externalized(model, data_path.name)
         try:
             _write(data_path, lambda file: _write_tensors(file, tensors), held)
-            write_atomic(target, ir.to_proto(clone).SerializeToString(deterministic=True))
+            write_atomic(target, ir.to_proto(clone).SerializeToString())
         except BaseException:
             # trap: an interrupt may come after the new model is in place, and then it needs its data
             if not is_referred(data_path, target):

@@ -37,6 +37,35 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Interface:
+    """What a program takes and gives; it stays when the program is gone.
+
+    Attributes:
+        source: Where the program came from, for messages.
+        inputs: Without initializers that are also listed as inputs.
+        outputs: All of them.
+    """
+
+    source: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+    def require_tensors(self) -> None:
+        """Say that a sequence, an optional or a map at the interface is more than the caller can handle.
+
+        Raises:
+            UnsupportedOperator: An input or output is not a tensor; names it.
+        """
+        for port in (*self.inputs, *self.outputs):
+            if port.kind != "tensor":
+                raise UnsupportedOperator(
+                    f"'{port.name}' is not a tensor but a {port.kind}",
+                    where=self.source,
+                    advice="give a model whose inputs and outputs are tensors; this one can only be folded",
+                )
+
+
+@dataclass(frozen=True)
 class Program:
     """One ``onnx_ir.Model`` and its interface.
 
@@ -71,6 +100,11 @@ class Program:
         return tuple(_port(v) for v in self.graph.outputs)
 
     @property
+    def interface(self) -> Interface:
+        """Inputs and outputs by themselves."""
+        return Interface(self.source, self.inputs, self.outputs)
+
+    @property
     def opset(self) -> int:
         """Version of the default operator set."""
         return self.model.opset_imports.get("", 1)
@@ -83,18 +117,12 @@ class Program:
         return fingerprint(self.model)
 
     def require_tensors(self) -> None:
-        """Say that a sequence, an optional or a map at the interface is more than the caller can handle.
+        """:meth:`Interface.require_tensors` of this program's.
 
         Raises:
             UnsupportedOperator: An input or output is not a tensor; names it.
         """
-        for port in (*self.inputs, *self.outputs):
-            if port.kind != "tensor":
-                raise UnsupportedOperator(
-                    f"'{port.name}' is not a tensor but a {port.kind}",
-                    where=self.source,
-                    advice="give a model whose inputs and outputs are tensors; this one can only be folded",
-                )
+        self.interface.require_tensors()
 
     def clone(self) -> Program:
         """A copy whose graph can be changed; weights are shared, so it costs nodes, not bytes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Hashable
 
 import onnx
 import onnx_ir as ir
@@ -48,15 +49,19 @@ def verify_structure(subject: Program | ir.Model, pass_name: str = "") -> None:
     _Verifier(subject.model if isinstance(subject, Program) else subject, pass_name).run()
 
 
-def check(subject: Program | ir.Model) -> None:
+def check(subject: Program | ir.Model, proto: onnx.ModelProto | None = None) -> None:
     """Run onnx's checker, and hold every known shape and dtype against shape inference.
+
+    Args:
+        subject: What to check; not changed.
+        proto: The same as a message, where the caller has one at hand; it is used up.
 
     Raises:
         VerificationError: The checker objects, or a value's shape or dtype contradicts what is inferred.
     """
     model = subject.model if isinstance(subject, Program) else subject
     source = subject.source if isinstance(subject, Program) else model.graph.name or "the model"
-    proto, _ = skeleton(model)
+    proto = skeleton(model)[0] if proto is None else proto
     try:
         check_proto(proto, source)
     except CaptureError as error:
@@ -253,10 +258,17 @@ def _check_types(model: ir.Model, proto: onnx.ModelProto) -> None:
             advice="this is a bug in lamina: report it",
         ) from error
     infos = {info.name: info for info in (*inferred.graph.value_info, *inferred.graph.output)}
+    alike: set[Hashable] = set()  # layers repeat: what was compared once need not be again
     for node in model.graph:
         for value in node.outputs:
-            if value.name in infos:
-                _compare(node, value, infos[value.name])
+            info = infos.get(value.name)
+            if info is None:
+                continue
+            dims = None if value.shape is None else value.shape.dims
+            key = (info.type.SerializeToString(), value.dtype, dims, value.is_graph_output())
+            if key not in alike:
+                _compare(node, value, info)
+                alike.add(key)
 
 
 def _compare(node: ir.Node, value: ir.Value, info: onnx.ValueInfoProto) -> None:

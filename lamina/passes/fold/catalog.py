@@ -17,9 +17,9 @@ FOLDS: tuple[str, ...] = (
     "lift_constants",
     "eliminate_identities",
     "fold_constant_if",
-    "fold_constants",
     "fold_shapes",
     "simplify_local",
+    "fold_constants",
     "remove_unused",
     "merge_slices",
     "cancel_transposes",
@@ -95,6 +95,10 @@ TIDY: tuple[str, ...] = (
 UNAFFECTED: dict[str, tuple[str, ...]] = {
     "fold_affine": ("deduplicate_initializers",),
     "compose_affine": ("deduplicate_initializers",),
+    "simplify_local": ("deduplicate_initializers",),
+    "merge_views": ("deduplicate_initializers",),
+    "simplify_patterns": ("deduplicate_initializers",),
+    "merge_parallel_linear": ("deduplicate_initializers",),
     "fold_constants": (
         "fold_affine",
         "drop_redundant_relu",

@@ -55,8 +55,10 @@ class ComposeAffine(LocalFold):
             value = affine.source
             if sole_consumer(value) is not affine.node:
                 break
+        if len(chain) < 2:
+            return None
         with np.errstate(all="ignore"):  # what is not finite is refused
-            short = _composed(tuple(chain[-2:])) if len(chain) > 1 else None
+            short = _composed(tuple(chain[-2:]))
             return _composed(tuple(chain)) if short is None and len(chain) == 3 else short
 
     def rewrite(self, node: ir.Node, match: Any, rewriter: Rewriter) -> None:

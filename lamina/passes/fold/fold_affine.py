@@ -63,6 +63,9 @@ class FoldAffine(LocalFold):
 
     def match(self, node: ir.Node) -> _Match | str | None:
         """An affine operator in front of, or behind, a linear one."""
+        near = [None if v is None else v.producer() for v in node.inputs[:2]]
+        if not any(is_op(n, *AFFINE, *LINEAR) for n in near):
+            return None
         with np.errstate(all="ignore"):  # what is not finite is refused
             return _before(node) if node.op_type in LINEAR else _after(node)
 

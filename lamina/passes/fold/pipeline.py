@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from lamina.errors import LaminaError, VerificationError
+from lamina.errors import LaminaError
 from lamina.ir.collector import collector_paused
 from lamina.ir.opset import raise_opset
 from lamina.ir.program import Program
@@ -26,6 +26,7 @@ from lamina.passes.fold.catalog import (
     load,
 )
 from lamina.passes.fold.graph import LocalFold, Operators, every_node
+from lamina.passes.fold.interface import Original, keep_interface
 from lamina.passes.fold.library import LibraryFold
 from lamina.passes.fold.thorough import verify_outputs
 from lamina.passes.pass_ import Fold
@@ -45,6 +46,7 @@ def fold(
     forms: Sequence[str] = (),
     only: Sequence[str] | None = None,
     without: Collection[str] = (),
+    again: Callable[[], Program] | None = None,
 ) -> tuple[Program, tuple[str, ...], list[Rewrite]]:
     """Fold a clone of ``program`` to a fixed point, then write the named forms.
 
@@ -55,6 +57,7 @@ def fold(
             (:data:`lamina.passes.fold.catalog.FOUNDATIONS`) are applied too.
         only: Apply these of the always-applied folds instead of all.
         without: Leave these out, wherever they would run.
+        again: Gives ``program`` once more. Where it is given, ``program`` itself is folded and no clone.
 
     Returns:
         The folded program, the names of the passes that changed something in the order they ran (what
@@ -70,14 +73,20 @@ def fold(
     ordered = [name for name in order if name in chosen]
     banned = {canonical(n) for n in without}
     with collector_paused():
-        run = _folded(program, always, ordered, banned)
+        run = _folded(program, always, ordered, banned, again)
     return program.with_model(run.model), tuple(run.applied), run.records
 
 
-def _folded(program: Program, always: Sequence[str], forms: Sequence[str], banned: set[str]) -> _Run:
+def _folded(
+    program: Program,
+    always: Sequence[str],
+    forms: Sequence[str],
+    banned: set[str],
+    again: Callable[[], Program] | None,
+) -> _Run:
     """Fold, verify at the end; where that fails, fold again and verify after every pass, to know which."""
     if not verify_all():
-        run = _Run(program, set(banned), careful=False)
+        run = _Run(program, set(banned), careful=False, used_up=again is not None)
         try:
             run.to_fixed_point(always, forms)
             verify_structure(run.model)
@@ -85,6 +94,7 @@ def _folded(program: Program, always: Sequence[str], forms: Sequence[str], banne
             pass
         else:
             return run
+        program = program if again is None else again()
     run = _Run(program, set(banned))
     run.to_fixed_point(always, forms)
     return run
@@ -103,10 +113,11 @@ def apply_named(program: Program, names: Sequence[str]) -> Program:
 def replay(program: Program, names: Sequence[str]) -> tuple[Program, list[Rewrite]]:
     """Do what :func:`apply_named` does, and return the changes as well."""
     model, records = program.clone().model, list[Rewrite]()
+    original = Original(program)
     with collector_paused():
         now = fingerprint(model, list(every_node(model.graph)))
         for name in names:
-            model, now, _ = _guarded(canonical(name), model, now, program, records)
+            model, now, _ = _guarded(canonical(name), model, now, original, records)
     return program.with_model(model), records
 
 
@@ -123,7 +134,7 @@ class _Run:
     """One fold in progress: the model, what was applied, and what is banned because it failed.
 
     A careful one verifies after every pass, and undoes and bans the pass that fails; another leaves both to
-    its caller.
+    its caller, and may use ``program`` up.
     """
 
     program: Program
@@ -132,13 +143,16 @@ class _Run:
     applied: list[str] = field(default_factory=list)
     records: list[Rewrite] = field(default_factory=list)
     careful: bool = True
+    used_up: bool = False
+    _original: Original = field(init=False)
     _now: Fingerprint = field(init=False)
     _settled: dict[str, int] = field(default_factory=dict)
     _nodes: list[ir.Node] | None = None  # None: not looked at since the last change
     _operators: Operators | None = None  # likewise
 
     def __post_init__(self) -> None:
-        self.model = self.program.clone().model
+        self._original = Original(self.program)
+        self.model = self.program.model if self.used_up else self.program.clone().model
         self._nodes = list(every_node(self.model.graph))
         self._now = fingerprint(self.model, self._nodes)
 
@@ -187,7 +201,7 @@ class _Run:
 
     def _guarded(self, name: str, records: list[Rewrite]) -> tuple[Fingerprint, list[ir.Node] | None]:
         self.model, now, nodes = _guarded(
-            name, self.model, self._now, self.program, records, verify=self.careful, nodes=self._nodes
+            name, self.model, self._now, self._original, records, verify=self.careful, nodes=self._nodes
         )
         return now, nodes
 
@@ -210,7 +224,7 @@ def _guarded(
     name: str,
     model: ir.Model,
     before: Fingerprint,
-    program: Program,
+    original: Original,
     records: list[Rewrite],
     verify: bool = True,
     nodes: list[ir.Node] | None = None,
@@ -221,7 +235,7 @@ def _guarded(
         name: Of the pass.
         model: What to change.
         before: Its fingerprint.
-        program: The original.
+        original: What was folded.
         records: Receives the changes.
         verify: Whether to check.
         nodes: All nodes of ``model``, where the caller has looked; then it has also looked whether a pass
@@ -239,13 +253,13 @@ def _guarded(
     if not isinstance(found, LocalFold) or found.minimum_opset <= model.opset_imports.get("", 1):
         found.apply(rewriter)
     records.extend(rewriter.records)
-    _keep_interface(found.name, model, program)
+    keep_interface(found.name, model, original)
     now = list(every_node(model.graph)) if rewriter.nodes is None else rewriter.nodes
     after = fingerprint(model, now)
     if verify and after != before:
         verify_structure(model, found.name)
         if verify_all():
-            verify_outputs(program, program.with_model(model), found.name)
+            verify_outputs(original.program, original.program.with_model(model), found.name)
     return model, after, now
 
 
@@ -267,38 +281,3 @@ def fingerprint(model: ir.Model, nodes: Sequence[ir.Node]) -> Fingerprint:
             parts.append((value.name, None if kind is None else kind.dtype, dims))
     parts.append(tuple([v.name for v in model.graph.outputs]))
     return parts
-
-
-def _keep_interface(pass_name: str, model: ir.Model, program: Program) -> None:
-    """Restore the shapes a pass only refined (a dimension it inferred); refuse what it changed."""
-    original = program.graph
-    inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
-    expected = [v for v in original.inputs if v.name not in original.initializers]
-    for what, now, then in (
-        ("inputs", inputs, expected),
-        ("outputs", list(model.graph.outputs), list(original.outputs)),
-    ):
-        names, wanted = [v.name for v in now], [v.name for v in then]
-        if names != wanted:
-            raise _broken(pass_name, f"the {what}", names, wanted)
-        for value, before in zip(now, then, strict=True):
-            _keep_port(pass_name, value, before)
-
-
-def _keep_port(pass_name: str, value: ir.Value, before: ir.Value) -> None:
-    if value.type is None:  # a library puts an Identity before an output and does not say what it gives
-        value.type = before.type
-    if value.dtype is not None and before.dtype is not None and value.dtype != before.dtype:
-        raise _broken(pass_name, f"the data type of '{value.name}'", value.dtype.name, before.dtype.name)
-    if before.shape is None:
-        return
-    if value.shape is not None and len(value.shape) != len(before.shape):
-        raise _broken(pass_name, f"the rank of '{value.name}'", len(value.shape), len(before.shape))
-    value.shape = before.shape.copy()
-
-
-def _broken(pass_name: str, what: str, got: object, expected: object) -> VerificationError:
-    return VerificationError(
-        f"after {pass_name}: {what} changed from {expected} to {got}",
-        advice="this is a bug in the pass; leave it out with only=[...] and report it",
-    )

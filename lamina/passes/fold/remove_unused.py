@@ -39,8 +39,10 @@ class RemoveUnused(LibraryFold):
     def apply(self, rewriter: Rewriter) -> None:
         """Remove nodes behind the fence, then what the true domains do not need."""
         super().apply(rewriter)
-        common("RemoveUnusedFunctionsPass")(rewriter.model)
-        common("RemoveUnusedOpsetsPass")(rewriter.model)
+        if rewriter.model.functions:
+            common("RemoveUnusedFunctionsPass")(rewriter.model)
+        if set(rewriter.model.opset_imports) - {""}:
+            common("RemoveUnusedOpsetsPass")(rewriter.model)
 
 
 def _read(value: ir.Value) -> bool:
