@@ -36,19 +36,24 @@ def ours(
     rounding: str = "nearest",
     block: int = 32,
     rank: int = 0,
+    head: str = "",
     **how: Any,
 ) -> Scheme:
     """Every Conv, Gemm and MatMul in one form; ``method`` of :class:`Rounding`. Tables stay float.
 
-    With a rank, low-rank paths (eora) beside the rounded operators as well.
+    With a rank, low-rank paths (eora) beside the rounded operators as well. ``head`` is the form of operators
+    whose result is an output of the model, where it is another.
     """
 
     def make(program: Program, data: Dataset) -> onnx.ModelProto:
         quantize = Quantize(forms=(form,), clipping=clipping, rounding=rounding, block=block)  # type: ignore[arg-type]
+        special = replace(quantize, forms=(head,)) if head else quantize
+        outputs = {v.producer().name for v in program.graph.outputs if v.producer() is not None}
         chosen: list[tuple[Site, Option]] = []
         for site in quantize.sites(program):
             if isinstance(site, Site) and site.kind != "embedding":
-                chosen += [(site, o) for o in quantize.options(site, program, None, None)]
+                by = special if outputs.intersection(site.nodes) else quantize
+                chosen += [(site, o) for o in by.options(site, program, None, None)]
         options = round_options(program, chosen, data, Rounding(method, **how), threads=1)
         moves = [Move(site, option) for (site, _), option in zip(chosen, options, strict=True)]
         made = apply_moves(program, moves)
