@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+
+from tools.bench.cases import Case
+from tools.bench.quantize_tool import BLOCK_TOOLS, TOOLS
+
+CALIBRATION_ROWS = 128
+TIMEOUT_S = 600
 
 
 def one_file(model: Path, folder: Path) -> Path:
@@ -84,32 +95,61 @@ def default_static(
     return path
 
 
-def nncf_default(
-    model: Path, folder: Path, samples: dict[str, np.ndarray], names: list[str], batch: int
-) -> Path:
-    """NNCF's post-training quantization as it is with no options given; needs ``pip install nncf``."""
-    import nncf
-
-    path = folder / "nncf.onnx"
-    data = nncf.Dataset(_batches(samples, names, batch))
-    onnx.save(nncf.quantize(onnx.load(model), data), path)
+def write_samples(path: Path, parts: dict[str, dict[str, np.ndarray]], metric: str, batch: int) -> Path:
+    """Samples as ``quantize_tool.py`` reads them: rows of the parts by name, beside the metric."""
+    arrays = {f"{part}.{name}": rows for part, found in parts.items() for name, rows in found.items()}
+    np.savez(path, metric=np.array(metric), batch=np.array(batch), **arrays)  # type: ignore[arg-type]
     return path
 
 
-def onnxsim_default(
-    model: Path, folder: Path, samples: dict[str, np.ndarray], names: list[str], batch: int
-) -> Path:
-    """The static quantizer of onnxsim with no options but the samples; needs ``pip install onnxsim``."""
-    import onnxsim
+def benchmark_samples(path: Path, case: Case, data: dict[str, dict[str, np.ndarray]]) -> Path:
+    """What the case's calibration and selection parts are to other tools: 128 rows, and all of them."""
+    calibration = {k: v[:CALIBRATION_ROWS] for k, v in data["calibration"].items() if k != "labels"}
+    parts = {"calibration": calibration, "selection": data["selection"]}
+    return write_samples(path, parts, case.metric, case.batch_size)
 
-    path = folder / "onnxsim.onnx"
-    onnx.save(onnxsim.quantize_static(str(model), _batches(samples, names, batch)), path)
-    return path
+
+def python_with(tool: str, pythons: Sequence[str]) -> str | None:
+    """The first of these Pythons, this one before all, that has the tool's distribution; None: none has."""
+    distribution = {**TOOLS, **BLOCK_TOOLS}[tool][0]
+    code = f"import importlib.metadata as m; m.version({distribution!r})"
+    for python in (sys.executable, *pythons):
+        if not subprocess.run([python, "-c", code], capture_output=True, check=False).returncode:
+            return python
+    return None
+
+
+def by_tool(tool: str, python: str, model: Path, samples: Path, output: Path) -> Path:
+    """One other tool on one model, in a process of its own.
+
+    Raises:
+        RuntimeError: The tool failed or took too long; the first line of its error.
+    """
+    script = Path(__file__).with_name("quantize_tool.py")
+    command = [python, str(script), tool, *(str(p.resolve()) for p in (model, samples, output))]
+    ours = python == sys.executable  # another Python must not find this one's packages
+    environment = {k: v for k, v in os.environ.items() if ours or k != "PYTHONPATH"}
+    with tempfile.TemporaryDirectory() as folder:  # some leave files where they run
+        try:
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT_S,
+                check=False,
+                cwd=folder,
+                env=environment,
+            )
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"not done after {TIMEOUT_S} s") from None
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1][:200])
+    return output
 
 
 def _batches(samples: dict[str, np.ndarray], names: list[str], batch: int) -> list[dict[str, np.ndarray]]:
     """Up to 128 calibration samples."""
-    starts = range(0, min(len(samples[names[0]]), 128), batch)
+    starts = range(0, min(len(samples[names[0]]), CALIBRATION_ROWS), batch)
     return [{n: samples[n][i : i + batch] for n in names} for i in starts]
 
 

@@ -101,14 +101,16 @@ def time_again(found: dict[str, Any], out: Path, threads: list[int]) -> dict[str
     return found
 
 
-def timed(case: Case, models: dict[str, Path], threads: int) -> dict[str, dict[str, Any]]:
+def timed(
+    case: Case, models: dict[str, Path], threads: int, seconds: float = 12.0
+) -> dict[str, dict[str, Any]]:
     """Ratios to float32 on both shapes, round by round."""
     program = capture(case.path)
     samples = load_data(case.load()["calibration"], program)
     workload = parse_workload(case.workload, program, samples)
     with IsolatedTimer(Target("ort", "cpu", threads), workload) as timer:
         ids = dict(zip(models, timer.add_all(list(models.values())), strict=True))
-        timings = timer.time(list(ids.values()), None, 12.0)
+        timings = timer.time(list(ids.values()), None, seconds)
         found: dict[str, dict[str, Any]] = {}
         for name, number in ids.items():
             found[name] = {}

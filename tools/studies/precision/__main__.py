@@ -1,19 +1,20 @@
-"""Damage against size of weight-only quantization, uniform over a model, beside ONNX Runtime's quantizers.
+"""Damage against size of weight-only quantization, uniform over a model, beside other tools' quantizers.
 
     python -m tools.studies.precision --out FILE [--models kwt1 minilm] [--schemes "stored-w4 descent"]
-        [--forms rotate_fold]
+        [--forms rotate_fold] [--peers-python PYTHON,PYTHON]
 
 For each model and scheme: bytes, divergence from the original's outputs on report data, the task's metric
 there, CPU seconds. ``--forms`` writes exact forms before, to see what they do to few bits; "original" is then
 the formed model in float, and names of schemes end in the forms. Results go into FILE (JSON) one by one; what
-it has is kept. One thread. Reads ../shared/data (or $LAMINA_REFERENCE).
+it has is kept. Other tools than ONNX Runtime run where ``--peers-python`` names Pythons that have
+them, or this one does. One thread. Reads ../shared/data (or $LAMINA_REFERENCE).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from lamina.ir.program import Program
 from lamina.passes.fold import fold
 from lamina.quality import Run, evaluate, get_metric
 from tools.bench.cases import CASES
-from tools.studies.precision.schemes import SCHEMES
+from tools.bench.quantize_tool import BLOCK_TOOLS
+from tools.studies.precision.schemes import SCHEMES, Scheme, by_tool
 
 MODELS = ("resnet56", "mobilenet", "kwt1", "stories260k", "minilm")
 Row = dict[str, Any]
@@ -50,16 +52,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--tokens", type=int, default=_TOKENS, help="of each story to calibrate on, at most 512"
     )
-    parser.add_argument("--schemes", nargs="*", choices=list(SCHEMES), default=list(SCHEMES))
+    known = [*SCHEMES, *BLOCK_TOOLS]
+    parser.add_argument("--schemes", nargs="*", choices=known, default=list(SCHEMES))
+    parser.add_argument("--peers-python", default="", help="Pythons that have other tools, with commas")
     parser.add_argument("--forms", nargs="*", default=[], help="exact forms to write before quantizing")
     options = parser.parse_args(arguments)
+    pythons = [python for python in options.peers_python.split(",") if python]
+    schemes = {**SCHEMES, **{tool: (4, "peer", by_tool(tool, pythons)) for tool in BLOCK_TOOLS}}
     written = "".join(f" + {form}" for form in options.forms)
     rows: list[Row] = json.loads(options.out.read_text()) if options.out.exists() else []
     for name in options.models:
         done = {r["scheme"] for r in rows if r["model"] == name}
         missing = [s for s in options.schemes if s + written not in done]
         if missing:
-            for row in measure(name, missing, options.forms, options.tokens):
+            chosen = {scheme: schemes[scheme] for scheme in missing}
+            for row in measure(name, chosen, options.forms, options.tokens):
                 row["scheme"] += written
                 if row["scheme"] in done:
                     continue
@@ -69,7 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(summary(rows))
 
 
-def measure(name: str, schemes: list[str], forms: Sequence[str] = (), tokens: int = _TOKENS) -> Iterator[Row]:
+def measure(
+    name: str,
+    schemes: Mapping[str, tuple[int, str, Scheme]],
+    forms: Sequence[str] = (),
+    tokens: int = _TOKENS,
+) -> Iterator[Row]:
     """One row a scheme, and one of the original in these forms."""
     captured, calibration, report, metric = load(name, tokens)
     original, program = fold(captured)[0], fold(captured, forms=forms)[0]
@@ -88,17 +100,22 @@ def measure(name: str, schemes: list[str], forms: Sequence[str] = (), tokens: in
         "bytes": serialized_size(program.model),
         "seconds": 0.0,
     }
-    for scheme in schemes:
-        bits, whose, make = SCHEMES[scheme]
-        start = time.process_time()
+    for scheme, (bits, whose, make) in schemes.items():
+        start = _cpu_seconds()
         row = {"model": name, "scheme": scheme, "whose": whose, "bits": bits}
         try:
             model = make(program, calibration)
-            seconds = time.process_time() - start
+            seconds = _cpu_seconds() - start
             row |= {**judge(model), "bytes": model.ByteSize(), "seconds": seconds}
         except Exception as error:  # a peer's failure is a result
             row["error"] = f"{type(error).__name__}: {error}"[:200]
         yield row
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def load(name: str, tokens: int = _TOKENS) -> tuple[Program, Dataset, Dataset, str]:

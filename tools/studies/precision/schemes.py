@@ -1,10 +1,10 @@
-"""Ways to make a model small: ours, form by form and rounding by rounding, and ONNX Runtime's quantizers."""
+"""Ways to make a model small: ours, form by form and rounding by rounding, and other tools' quantizers."""
 
 from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from lamina.passes.quantize.token_weights import attention_received
 from lamina.planner.apply import apply_moves
 from lamina.planner.mend import standing
 from lamina.planner.plan import Move
+from tools.bench import peers
+from tools.bench.quantize_tool import BLOCK_TOOLS
 
 RECEIVED = "attention_received"
 Scheme = Callable[[Program, Dataset], onnx.ModelProto]
@@ -95,6 +97,29 @@ def onnxruntime_blocks(algorithm: str, bits: int = 4, block: int = 32) -> Scheme
             made.process()
             model = made.model
             return getattr(model, "model", model)
+
+    return make
+
+
+def by_tool(tool: str, pythons: Sequence[str]) -> Scheme:
+    """Another tool's 4-bit weight-only quantizer, in a process of its own."""
+
+    def make(program: Program, data: Dataset) -> onnx.ModelProto:
+        python = peers.python_with(tool, pythons)
+        if python is None:
+            raise RuntimeError(f"no Python given has {BLOCK_TOOLS[tool][0]}")
+        rows: dict[str, list[np.ndarray]] = {}
+        for batch in data.batches():
+            for name, values in batch.inputs.items():
+                rows.setdefault(name, []).append(values)
+        calibration = {name: np.concatenate(parts) for name, parts in rows.items()}
+        with tempfile.TemporaryDirectory() as folder:
+            path, output = Path(folder) / "model.onnx", Path(folder) / "made.onnx"
+            onnx.save(ir.to_proto(program.model), path)
+            samples = peers.write_samples(
+                Path(folder) / "samples.npz", {"calibration": calibration}, "", data.batch_size
+            )
+            return onnx.load(peers.by_tool(tool, python, path, samples, output))
 
     return make
 
