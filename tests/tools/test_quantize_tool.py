@@ -15,7 +15,7 @@ from tools.bench import peers
 from tools.bench.cases import Case
 from tools.bench.quantize import others
 from tools.bench.quantize_tool import BLOCK_TOOLS, TOOLS, Reader, Samples
-from tools.studies.precision.schemes import by_tool
+from tools.studies.precision.schemes import _with_outputs, by_tool
 
 SIZE, ROWS = 64, 12
 
@@ -94,3 +94,12 @@ def test_tools_that_no_python_has_are_named(
     assert missing == {"nncf": "not run: no Python given has no-such-distribution"}
     with pytest.raises(RuntimeError, match="no Python given has no-such-distribution"):
         by_tool("onc-rtn", [])(None, None)  # type: ignore[arg-type]
+
+
+def test_outputs_that_a_tool_renamed_get_their_names_back(model: Path) -> None:
+    made = onnx.load(model)
+    made.graph.node[0].output[0] = made.graph.output[0].name = "y_Q4"
+    named = _with_outputs(made, ["y"])
+    onnx.checker.check_model(named)
+    assert [value.name for value in named.graph.output] == ["y"]
+    assert [node.op_type for node in named.graph.node] == ["MatMul", "Identity"]

@@ -5,8 +5,8 @@
 SAMPLES.npz: ``calibration.NAME`` and ``selection.NAME`` arrays of rows, ``metric`` and ``batch`` (see
 :func:`tools.bench.peers.write_samples`). Nobody is given an option but the model, the samples and, where the
 tool takes one, the metric: as its documentation shows it to a plain user. The 4-bit tools are told 4 bits in
-blocks of 32, asymmetric where that is a switch. Prints one JSON line: ``seconds`` of quantizing, imports
-included; on failure exits 1 with the first line of the error as the last line on stderr.
+blocks of 32, asymmetric where that is a switch and what comes out runs. Prints one JSON line: ``seconds`` of
+quantizing, imports included; on failure exits 1 with the first line of the error as the last line on stderr.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def nncf_int4(source: str, samples: Samples, output: str) -> None:
 
     # without this, a reduction that the block does not divide is an error that recommends it
     more = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST)
-    mode, model = nncf.CompressWeightsMode.INT4_ASYM, onnx.load(source)
-    onnx.save(nncf.compress_weights(model, mode, group_size=BLOCK, advanced_parameters=more), output)
+    mode, model = nncf.CompressWeightsMode.INT4_SYM, onnx.load(source)  # ASYM makes what does not load
+    onnx.save(nncf.compress_weights(model, mode=mode, group_size=BLOCK, advanced_parameters=more), output)
 
 
 def onnxsim(source: str, samples: Samples, output: str) -> None:

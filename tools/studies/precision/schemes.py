@@ -119,9 +119,19 @@ def by_tool(tool: str, pythons: Sequence[str]) -> Scheme:
             samples = peers.write_samples(
                 Path(folder) / "samples.npz", {"calibration": calibration}, "", data.batch_size
             )
-            return onnx.load(peers.by_tool(tool, python, path, samples, output))
+            made = onnx.load(peers.by_tool(tool, python, path, samples, output))
+        return _with_outputs(made, [value.name or "" for value in program.graph.outputs])
 
     return make
+
+
+def _with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """The model with its outputs named so: Olive names one after the operator that it put there."""
+    for value, name in zip(model.graph.output, names, strict=True):
+        if value.name != name:
+            model.graph.node.append(onnx.helper.make_node("Identity", [value.name], [name]))
+            value.name = name
+    return model
 
 
 def _reader(data: Dataset) -> Any:
