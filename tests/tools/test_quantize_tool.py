@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -103,3 +104,10 @@ def test_outputs_that_a_tool_renamed_get_their_names_back(model: Path) -> None:
     onnx.checker.check_model(named)
     assert [value.name for value in named.graph.output] == ["y"]
     assert [node.op_type for node in named.graph.node] == ["MatMul", "Identity"]
+
+
+def test_a_tool_that_ends_well_without_a_model_has_failed(model: Path, samples: Path, tmp_path: Path) -> None:
+    true = shutil.which("true")
+    assert true is not None
+    with pytest.raises(RuntimeError, match=r"^ended without a model$"):
+        peers.by_tool("onc-tuned", true, model, samples, tmp_path / "made.onnx")

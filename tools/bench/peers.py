@@ -142,6 +142,8 @@ def by_tool(tool: str, python: str, model: Path, samples: Path, output: Path) ->
             )
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"not done after {TIMEOUT_S} s") from None
+    if not done.returncode and not output.exists():
+        raise RuntimeError("ended without a model")  # as it is where nothing kept the metric
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or ["no output"])[-1][:200])
     return output

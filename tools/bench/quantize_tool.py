@@ -290,8 +290,6 @@ def main() -> None:
         traceback.print_exc()
         lines = str(error).strip().splitlines() or [""]
         sys.exit(f"{type(error).__name__}: {lines[0]}")
-    if not Path(output).exists():
-        sys.exit("RuntimeError: ended without a model")
     print(json.dumps({"seconds": time.perf_counter() - start, "version": version(distribution)}))
 
 
