@@ -88,7 +88,7 @@ def run_case(
                 models[name] = path
             except Exception as error:  # a system's failure is a finding
                 failed[name] = f"{type(error).__name__}: {str(error)[:200]}"
-    times = timed(case, models, threads, TIMING_SECONDS * len(models))
+    times = timed(case, models, threads, seconds=TIMING_SECONDS * len(models))
     rows = {
         name: {
             "metric": quality[name],

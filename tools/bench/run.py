@@ -102,9 +102,9 @@ def time_again(found: dict[str, Any], out: Path, threads: list[int]) -> dict[str
 
 
 def timed(
-    case: Case, models: dict[str, Path], threads: int, seconds: float = 12.0
+    case: Case, models: dict[str, Path], threads: int, *, seconds: float = 12.0
 ) -> dict[str, dict[str, Any]]:
-    """Ratios to float32 on both shapes, round by round."""
+    """Ratios to float32 on both shapes, round by round; ``seconds`` of timing in all."""
     program = capture(case.path)
     samples = load_data(case.load()["calibration"], program)
     workload = parse_workload(case.workload, program, samples)
