@@ -100,12 +100,16 @@ def run_case(
         }
         for name, path in models.items()
     }
-    kept = {key: told[key] for key in ("widths", "met", "rules", "budget") if key in told}
+    return {"case": case.name, "systems": rows, "failed": failed, "lamina": summary(told)}
+
+
+def summary(told: dict[str, Any]) -> dict[str, Any]:
+    """Of lamina's evidence: widths, bounds, rules, and how many operators got which form."""
     moves: dict[str, int] = {}
     for move in told.get("moves", ()):
         key = f"{move['kind']} {move['option']}"
         moves[key] = moves.get(key, 0) + 1
-    return {"case": case.name, "systems": rows, "failed": failed, "lamina": {**kept, "moves": moves}}
+    return {**{k: told[k] for k in ("widths", "met", "rules", "budget") if k in told}, "moves": moves}
 
 
 def others(
