@@ -233,6 +233,22 @@ def test_a_bound_nobody_can_meet_is_told() -> None:
         assert seeds.walks[0].ended == "it proposes nothing that fits the bounds"
 
 
+@pytest.mark.parametrize("allocator", ALLOCATORS, ids=NAMES)
+def test_a_bound_that_is_corrected_after_the_time_is_up_still_gets_a_plan(allocator: Allocator) -> None:
+    evidence, judge = evidence_of(1)
+    seeds = BitSeeds([allocator], evidence, share=1.0)
+    loose = Goal("damage", {"size": 0.6 * evidence.costs.base["size"]})
+    search = Search(evidence.costs, evidence.damage, judge, loose, seeds=seeds, only_seeds=True, seconds=60)  # type: ignore[arg-type]
+    search.run()
+    (told,) = seeds.report()
+    bound = told["best"]["predicted"]["size"] - 1.0  # its file was larger than predicted
+    search.goal, search.start = Goal("damage", {"size": bound}), search.start - 600.0
+    search.run()
+    (told,) = seeds.report()
+    assert told["best"] is not None
+    assert told["best"]["predicted"]["size"] <= bound
+
+
 def test_bisection_looks_at_a_logarithm_of_the_rungs() -> None:
     evidence, judge = evidence_of(0, count=64, pairs=0.0)
     seen: list[Genome] = []

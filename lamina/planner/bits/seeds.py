@@ -14,6 +14,9 @@ from lamina.planner.space import Genome
 
 # Rungs next to the first that fits a cost bound that are measured too: damage does not only rise.
 _NEXT = 3
+# What a search that starts again, as files proved larger or slower than predicted, gets of its time; and the
+# plans of each allocator that are measured however late it is.
+_LEAST_SHARE, _OWED = 0.15, 1
 
 
 @dataclass
@@ -22,6 +25,7 @@ class _Walk:
 
     allocator: Allocator
     measured: int = 0
+    lately: int = 0  # since the search (re)started
     best: Candidate | None = None
     ended: str = ""
 
@@ -35,7 +39,7 @@ class BitSeeds:
     Args:
         allocators: The allocators.
         evidence: What they go by.
-        share: Share of the search's time after which no more is measured.
+        share: Share of the search's time after which no more is measured but one plan of each.
     """
 
     def __init__(self, allocators: Sequence[Allocator], evidence: BitEvidence, *, share: float) -> None:
@@ -45,9 +49,9 @@ class BitSeeds:
 
     def __call__(self, search: Search) -> None:
         """Measure what the allocators propose for the search's goal."""
-        self._until = search.seconds * self.share
+        self._until = max(search.seconds * self.share, search.elapsed() + search.seconds * _LEAST_SHARE)
         for walk in self.walks:
-            walk.ended, walk.best = "", None
+            walk.ended, walk.best, walk.lately = "", None, 0
             try:
                 self._walk(walk, search)
             except LaminaError as error:  # an allocator that cannot work here costs its plans, not the run
@@ -112,6 +116,7 @@ class BitSeeds:
             return False
         candidate = search.measure(genome)
         walk.measured += 1
+        walk.lately += 1
         if candidate is None or not candidate.feasible(search.goal):
             return False
         goal = search.goal
@@ -120,7 +125,7 @@ class BitSeeds:
         return True
 
     def _late(self, walk: _Walk, search: Search) -> bool:
-        if search.elapsed() > self._until:
+        if search.elapsed() > self._until and walk.lately >= _OWED:
             walk.ended = "out of time"
             return True
         return False

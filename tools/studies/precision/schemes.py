@@ -178,6 +178,15 @@ SCHEMES["stored-w4 x16 output, 32768 vectors"] = (
     "lamina",
     ours("stored-w4", "output", block=16, vectors=32768),
 )
+SCHEMES |= {
+    f"stored-w4{name} {method}, head in 8": (
+        4,
+        "lamina",
+        ours("stored-w4", method, block=block, head="stored-w8"),
+    )
+    for name, block in (("", 32), (" x16", 16))
+    for method in ("descent", "output")
+}
 for _bits, _method, _rank in ((4, "nearest", 16), (4, "descent", 4), (4, "descent", 16), (2, "descent", 16)):
     SCHEMES[f"stored-w{_bits} {_method}+eora-{_rank}"] = (
         _bits,
