@@ -65,6 +65,8 @@ class Costs:
         borders: Tensors whose conversions cost time.
         loans: Weights that one site lends to another.
         scale: Correction of latency deltas by (transform, kind, option), fitted on whole-model measurements.
+        joint_bytes: What a conversion that falls away between two int8 neighbours changes in the file, fitted
+            on the files of whole models.
     """
 
     space: Space
@@ -74,6 +76,7 @@ class Costs:
     borders: Sequence[Border] = ()
     loans: Sequence[Loan] = ()
     scale: dict[tuple[str, str, str], float] = field(default_factory=dict)
+    joint_bytes: float = 0.0
 
     def group(self, index: int, gene: int) -> tuple[str, str, str]:
         """The group a move's correction belongs to."""
@@ -159,6 +162,8 @@ class Costs:
                 totals["flops"] += self.delta["flops"][i][gene - 1]
         totals["latency"] += self.conversions(genome)
         totals["size"] += self.lent(genome)
+        if self.joint_bytes:
+            totals["size"] += self.joint_bytes * self.joints(genome)
         totals[FOOTPRINT] = totals["latency"] + totals["size"] / max(self.base["size"], 1.0)
         return totals
 
@@ -167,6 +172,15 @@ class Costs:
         taken = {(i, gene) for i, gene in enumerate(genome) if gene}
         kept = [n for n in self.loans if taken.intersection(n.owners) and taken.intersection(n.borrowers)]
         return sum(loan.nbytes for loan in kept)
+
+    def joints(self, genome: Genome) -> int:
+        """How often int8 passes from one choice to another without a conversion."""
+        total = 0
+        for border in self.borders:
+            if border.producer is not None and self.writes_int8(border.producer, genome[border.producer]):
+                alive = [c for c in border.consumers if not self.space.dropped(genome, c)]
+                total += sum(self.reads_int8(c, genome[c]) for c in alive)
+        return total
 
     def conversions(self, genome: Genome) -> float:
         """Latency of all conversions between float and int8 that the genome needs."""
@@ -180,6 +194,20 @@ class Costs:
             if made and (border.other_readers or not all(readers)):
                 total += border.dequantize
         return total
+
+
+def fit_joints(costs: Costs, sizes: Mapping[Genome, int]) -> None:
+    """Fit what neighbours in int8 spare each other in the file; options are emitted, and priced, one by one.
+
+    Args:
+        costs: Changed in place.
+        sizes: Genome -> bytes of the finished model's file.
+    """
+    costs.joint_bytes = 0.0
+    pairs = [(costs.joints(genome), real - costs.predict(genome)["size"]) for genome, real in sizes.items()]
+    squares = sum(count * count for count, _ in pairs)
+    if squares:  # least squares through the origin; conversions that fall away never add to a file
+        costs.joint_bytes = min(0.0, sum(count * beyond for count, beyond in pairs) / squares)
 
 
 def _renumbered(loan: Loan, genes: Mapping[tuple[int, int], tuple[int, int]]) -> Loan:

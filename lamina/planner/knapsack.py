@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 
 from lamina.budget import FOOTPRINT
-from lamina.planner.costs import Costs
+from lamina.planner.costs import Border, Costs
 from lamina.planner.space import Genome
 
 
@@ -171,9 +171,23 @@ def _axis_vectors(
     for j, border in enumerate(costs.borders):
         vectors["latency"][count + 2 * j] = border.quantize
         vectors["latency"][count + 2 * j + 1] = border.dequantize
+        if costs.joint_bytes and border.producer is not None:
+            _joints(costs, border, first, vectors["size"], count + 2 * j)
     vectors["size"][variables - len(costs.loans) :] = [loan.nbytes for loan in costs.loans]
     vectors[FOOTPRINT] = vectors["latency"] + vectors["size"] / max(costs.base["size"], 1.0)
     return vectors
+
+
+def _joints(costs: Costs, border: Border, first: Sequence[int], size: np.ndarray, quantize: int) -> None:
+    """Every int8 reader spares a conversion, unless the tensor has to be converted: for all of them at once.
+
+    Where only some of several readers of a float tensor are int8, that is more than is written.
+    """
+    for consumer in border.consumers:
+        options = range(len(costs.space.choices[consumer].options))
+        columns = [first[consumer] + k for k in options if costs.reads_int8(consumer, k + 1)]
+        size[columns] += costs.joint_bytes
+        size[quantize] -= costs.joint_bytes if columns else 0.0
 
 
 def _structure(costs: Costs, first: Sequence[int], rows: _Rows) -> None:

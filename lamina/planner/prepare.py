@@ -23,7 +23,7 @@ from lamina.planner.bits.uniform import uniform_space
 from lamina.planner.blame import Undone, blame_space, undone
 from lamina.planner.chain_measure import with_chain_plans
 from lamina.planner.chain_plans import ChainPlans, ChainRule
-from lamina.planner.costs import Costs, fit_scales
+from lamina.planner.costs import Costs, fit_joints, fit_scales
 from lamina.planner.evaluator import Evaluator
 from lamina.planner.forms import Folded
 from lamina.planner.plan import Plan
@@ -252,16 +252,19 @@ def _measure_groups(request: Request, prepared: Prepared, stopwatch: Stopwatch) 
     """Build whole models of uniform genomes, time them, and correct the prices by what they show."""
     costs = prepared.costs
     genomes = [g for g in group_genomes(costs.space) if _worth_building(request, costs, g)]
-    models = []
+    models, sizes = [], {}
     for done, genome in enumerate(genomes):
         request.progress.update("price", done, len(genomes), "whole models")
         models.append(build(request, prepared, genome).program.model)
+        if costs.joints(genome):
+            sizes[genome] = serialized_size(models[-1])
     if not models:
         return
     seconds = min(12.0, 1.2 * (len(models) + 1))
     for genome, relative in zip(genomes, stopwatch.compare(models, seconds=seconds), strict=True):
         prepared.whole[genome] = relative.ratio
     fit_scales(costs, prepared.whole)
+    fit_joints(costs, sizes)
 
 
 def _worth_building(request: Request, costs: Costs, genome: Genome) -> bool:

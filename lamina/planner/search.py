@@ -189,6 +189,7 @@ class Search:
         """All measured candidates; feasible ones first, best first."""
         self.measure(self.costs.space.nothing)
         if not self.only_seeds:
+            self._seed_uniform()
             if self.goal.minimize == "damage":
                 self._seed_by_cost()
             else:
@@ -261,6 +262,20 @@ class Search:
             allowed_damage=allowed,
             bounds=self.goal.bounds,
         )
+
+    def _seed_uniform(self) -> None:
+        """One option wherever it is offered, as uniform tools do: sums of damages may hide that it holds.
+
+        From the best predicted one on, until one meets the goal; that one is timed whatever is predicted.
+        """
+        space = self.costs.space
+        names = {o.name for choice in space.choices if not choice.removes for o in choice.options}
+        plans = {space.uniform(name) for name in names}
+        for genome in sorted(filter(self.affordable, plans), key=self._value):
+            candidate = None if self.out_of_time() else self.measure(genome)
+            if candidate is not None and candidate.feasible(self.goal):
+                self.favourites.add(candidate.genome)
+                return
 
     def _seed_by_cost(self) -> None:
         for slack in (1.0, 0.98, 0.95, 0.9):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from toy import plain_choice, random_costs, toy_program, toy_space
 
-from lamina.planner.costs import fit_scales
+from lamina.planner.costs import fit_joints, fit_scales
 from lamina.planner.knapsack import solve
 from lamina.planner.space import Space
 
@@ -47,6 +47,36 @@ def test_optimum_with_conversion_borders(seed: int) -> None:
     fits = [g for g in every_genome(space) if total_damage(damage, g) <= 1.5]
     best = min(costs.predict(g)["latency"] for g in fits)
     assert costs.predict(found)["latency"] == pytest.approx(best, abs=2e-4)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("bound", [800.0, 650.0])
+def test_bytes_that_int8_neighbours_spare_each_other_count(seed: int, bound: float) -> None:
+    forms = [("int8", "int8"), ("int8", "float"), ("float", "float")]
+    space = Space(toy_program(), tuple(plain_choice(i, forms) for i in range(6)))
+    costs, damage = random_costs(space, seed, borders=True)
+    costs.joint_bytes = -60.0
+    found = solve(costs, damage, bounds={"size": bound})
+    fits = [g for g in every_genome(space) if costs.predict(g)["size"] <= bound]
+    assert found is not None
+    assert costs.predict(found)["size"] <= bound + 1e-6
+    best = min(costs.predict(g)["latency"] for g in fits)
+    assert costs.predict(found)["latency"] == pytest.approx(best, abs=2e-4)
+
+
+def test_what_neighbours_spare_is_fitted_on_files() -> None:
+    forms = [("int8", "int8"), ("float", "float")]
+    space = Space(toy_program(), tuple(plain_choice(i, forms) for i in range(5)))
+    costs, _ = random_costs(space, 0, borders=True)
+    genomes = [(1, 1, 1, 1, 1), (1, 1, 0, 1, 1), (2, 2, 2, 2, 2)]
+    assert [costs.joints(g) for g in genomes] == [4, 2, 0]
+    real = {g: costs.predict(g)["size"] - 40.0 * costs.joints(g) for g in genomes}
+    fit_joints(costs, {g: round(size) for g, size in real.items()})
+    assert costs.joint_bytes == pytest.approx(-40.0, abs=0.5)
+    for genome, size in real.items():
+        assert costs.predict(genome)["size"] == pytest.approx(size, abs=2.0)
+    fit_joints(costs, {genomes[0]: round(real[genomes[0]] + 1000.0)})
+    assert costs.joint_bytes == 0.0  # neighbours never make a file larger
 
 
 def test_size_bound_is_kept_and_impossible_bound_is_none() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from toy import random_costs, toy_program, toy_space
+from toy import plain_choice, random_costs, toy_program, toy_space
 
 from lamina.planner.evaluator import Score
 from lamina.planner.search import Goal, Search
@@ -83,6 +83,24 @@ def test_without_time_to_look_the_best_of_one_transform_is_known(seed: int) -> N
         ]
         if alone:
             assert found.score.damage <= min(judge.score(g).damage for g in alone) + 1e-6
+
+
+class Sociable(Judge):
+    """One option does no harm where all that can take it do, and much harm anywhere else."""
+
+    def score(self, genome: Genome, batches: int | None = None) -> Score:
+        total = 0.0 if genome in (self.space.nothing, self.space.uniform("o0")) else 5.0
+        return Score(1 - total, total, 0.0, 100)
+
+
+def test_one_option_everywhere_is_looked_at_and_timed() -> None:
+    forms = [("int8", "int8"), ("float", "float")]
+    space = Space(toy_program(), tuple(plain_choice(i, forms) for i in range(8)))
+    costs, damage = random_costs(space, 0)
+    costs.delta["latency"][:] = [[-0.02, -0.03]] * 8  # type: ignore[index]
+    search = Search(costs, damage, Sociable(space, damage), Goal("latency", {}, 1.0), seconds=20)  # type: ignore[arg-type]
+    assert search.run()[0].genome == space.uniform("o0")
+    assert search.favourites == {space.uniform("o0")}
 
 
 def test_an_impossible_bound_leaves_nothing_feasible() -> None:
