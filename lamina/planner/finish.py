@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from lamina.planner.mend import mend_best, reach
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
 from lamina.planner.search import Candidate, Goal, Search
+from lamina.planner.steady import steadied
 from lamina.planner.timing import Relative
 
 # Models built and timed in each of the rounds of "time the best, correct the prices, look again".
@@ -47,6 +48,8 @@ def shortlist(builder: Builder, search: Search) -> None:
     for _ in range(ROUNDS):
         feasible = [c for c in candidates if c.feasible(goal) and builder.usable(c.genome)]
         fresh = sorted(feasible, key=lambda c: _predicted(c, costs.predict(c.genome), goal))
+        if goal.minimize == "damage":
+            fresh = steadied(fresh, costs.space)
         builder.finish(fresh[:BUILDS], seconds=1.5 * (BUILDS + 1))
         before = dict(costs.scale)
         fit_scales(costs, builder.prepared.whole)
@@ -150,16 +153,21 @@ def correct_size(request: Request, builder: Builder, search: Search) -> bool:
     done = [f for f in builder.done.values() if f.candidate.feasible(search.goal)]
     if not done:
         return _loosen_size(min(limits), builder, search)
-    sizes = [serialized_size(f.realized.program.model) for f in done]
-    if min(sizes) <= min(limits):
-        return False
-    beyond = max(real - f.candidate.predicted["size"] for real, f in zip(sizes, done, strict=True))
+    sizes = {f.candidate.genome: serialized_size(f.realized.program.model) for f in done}
+    if sizes[_best(done, search.goal).candidate.genome] <= min(limits):
+        return False  # that a plan of lesser worth would fit is no reason not to look
+    over = [f.candidate for f in done if sizes[f.candidate.genome] > min(limits)]
+    beyond = max(sizes[c.genome] - c.predicted["size"] for c in over)
     bound = min(limits) - beyond
     if bound >= search.goal.bounds["size"]:
         return False
     search.goal = replace(search.goal, bounds={**search.goal.bounds, "size": bound})
     search.run()
     return True
+
+
+def _best(done: Sequence[Finalist], goal: Goal) -> Finalist:
+    return min(done, key=lambda f: (f.candidate.objective(goal), f.candidate.surrogate))
 
 
 def _loosen_size(limit: float, builder: Builder, search: Search) -> bool:
@@ -190,9 +198,10 @@ def correct_latency(request: Request, builder: Builder, search: Search) -> bool:
     if not bounds or not done:
         return False
     limit = min(b.value if b.relative else b.value / builder.original_latency_s for b in bounds)
-    if min(f.relative.ratio for f in done) <= MARGIN * limit:
+    if _best(done, search.goal).relative.ratio <= MARGIN * limit:
         return False
-    beyond = min(f.relative.ratio / f.candidate.predicted["latency"] for f in done)
+    slow = [f for f in done if f.relative.ratio > MARGIN * limit]
+    beyond = min(f.relative.ratio / f.candidate.predicted["latency"] for f in slow)
     tighter = min(AIM * limit / beyond, AIM * search.goal.bounds["latency"])
     search.goal = replace(search.goal, bounds={**search.goal.bounds, "latency": tighter})
     search.run()
@@ -246,7 +255,11 @@ def _fitting(request: Request, builder: Builder, search: Search, limit: float) -
         for f in builder.done.values()
         if f.candidate.feasible(goal) and f.candidate.surrogate <= limit and affordable(request, builder, f)
     ]
-    return sorted(fit, key=lambda f: _measured(f, goal))
+    fit.sort(key=lambda f: _measured(f, goal))
+    if goal.minimize == "damage":
+        by_genome = {f.candidate.genome: f for f in fit}
+        fit = [by_genome[c.genome] for c in steadied([f.candidate for f in fit], costs.space)]
+    return fit
 
 
 def infeasible(

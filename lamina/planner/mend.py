@@ -100,7 +100,8 @@ def mend(
 def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist], goal: Goal) -> Finalist:
     """The first finalist mended; where damage is minimized, of the first few the one with the least after it.
 
-    What a repair can make up for differs from plan to plan by more than what it is chosen by before.
+    What a repair can make up for differs from plan to plan by more than what it is chosen by before. An
+    earlier one is left for a later one only where that is better by more than a standard error.
 
     Args:
         request: The budget and the data.
@@ -117,7 +118,10 @@ def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist],
         told = builder.mended.get(before.candidate.genome)
         return told.after if told is not None and told.kept else before.candidate.score.damage
 
-    return min(zip(mended, tried, strict=True), key=lambda pair: left(*pair))[0]
+    lasting = [left(*pair) for pair in zip(mended, tried, strict=True)]
+    best = lasting.index(min(lasting))
+    most = lasting[best] + tried[best].candidate.score.error
+    return next(finalist for finalist, damage in zip(mended, lasting, strict=True) if damage <= most)
 
 
 def _wants_paths(score: Score, goal: Goal) -> bool:

@@ -124,7 +124,7 @@ def test_where_damage_is_minimized_the_least_damaging_after_compensation_is_chos
     from lamina.planner.builder import Mending
 
     def finished(name: str, damage: float) -> Any:
-        score = SimpleNamespace(damage=damage)
+        score = SimpleNamespace(damage=damage, error=0.0)
         return SimpleNamespace(candidate=SimpleNamespace(genome=name, score=score))
 
     after = {"a": (0.04, True), "b": (0.01, True), "c": (0.0, False), "d": (0.0, True)}
