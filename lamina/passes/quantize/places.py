@@ -55,6 +55,18 @@ def is_left(site: Site, program: Program) -> bool:
     return linear_of(site, nodes_of(site, program)).left
 
 
+def takes_blocks(site: Site, program: Program, bits: int) -> bool:
+    """Whether the weight of a matrix product may lie in blocks of that width for a fused kernel.
+
+    trap: ONNX Runtime 1.32 multiplies by another matrix where 2-bit codes of several outputs share a byte and
+    their number is no multiple of four: with optimizations on, and without a word.
+    """
+    product = linear_of(site, nodes_of(site, program))
+    array = constant_array(product.weight)
+    whole = bits != 2 or (array is not None and array.shape[product.channel_axis] % 4 == 0)
+    return whole and not product.left
+
+
 def stored_block(site: Site, program: Program, block: int) -> int | None:
     """The block nearest to ``block`` that divides the reduction, so that blocks need no padding.
 

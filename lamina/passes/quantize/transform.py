@@ -19,7 +19,7 @@ from lamina.passes.quantize import carriers, dynamic, float8, float16, static, w
 from lamina.passes.quantize.activations import activation_range, shares_mean
 from lamina.passes.quantize.bias_correction import bias_shift
 from lamina.passes.quantize.graph import FLOAT
-from lamina.passes.quantize.places import is_left, nodes_of, placed, stored_block, weights_of
+from lamina.passes.quantize.places import is_left, nodes_of, placed, stored_block, takes_blocks, weights_of
 from lamina.passes.quantize.rounding import METHODS, round_alone
 from lamina.passes.quantize.sites import CARRIERS, NAME, find_sites
 from lamina.passes.quantize.smoothing import RULES, Rule, Smoothing, check_rules, choose_smoothing
@@ -253,7 +253,7 @@ class Quantize(Transform):
         width = 4 if form == w4a8.NAME else int(form[-1])
         parameters: dict[str, Any] = {"weight_bits": width, "clipping": self.clipping}
         if form in _BLOCKS or form == w4a8.NAME:
-            if is_left(site, program):
+            if not takes_blocks(site, program, width):
                 return None
             if form == w4a8.NAME:
                 parameters |= w4a8.activation_parameters(site, program, statistics, self.ranges)
