@@ -240,6 +240,27 @@ def test_a_failing_library_is_undone_and_on_record(monkeypatch: pytest.MonkeyPat
         assert np.allclose(run(after, feed)[0], run(before, feed)[0], rtol=1e-5, atol=1e-5)
 
 
+def test_what_fails_once_only_is_on_record_and_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = FoldConstants.run, list[int]()
+
+    def moody(self: FoldConstants, model: ir.Model) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            model.graph.remove(list(model.graph)[-1], safe=False)
+            raise RuntimeError("not today")
+        real(self, model)
+
+    monkeypatch.setattr(FoldConstants, "run", moody)
+    used_up, again = messy(), messy()
+    after, names, records = fold(used_up, again=lambda: again)
+    assert "fold_constants" in names
+    assert [r.why for r in records if r.why.startswith("undone")] == [
+        "undone: RuntimeError: not today, at the first attempt only"
+    ]
+    for feed in feeds():
+        assert np.allclose(run(after, feed)[0], run(messy(), feed)[0], rtol=1e-5, atol=1e-5)
+
+
 def test_verify_all_runs_the_program_after_every_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fold that writes Sub for Add leaves a sound graph: only running it shows."""
 

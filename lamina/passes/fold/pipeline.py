@@ -85,18 +85,23 @@ def _folded(
     again: Callable[[], Program] | None,
 ) -> _Run:
     """Fold, verify at the end; where that fails, fold again and verify after every pass, to know which."""
+    first: Exception | None = None
     if not verify_all():
         run = _Run(program, set(banned), careful=False, used_up=again is not None)
         try:
             run.to_fixed_point(always, forms)
             verify_structure(run.model)
-        except Exception:  # a library's bug must not stop the user: the second run names it and goes without
-            pass
+        except Exception as error:  # a library's bug must not stop the user: the second run goes without it
+            first = error
         else:
             return run
         program = program if again is None else again()
     run = _Run(program, set(banned))
     run.to_fixed_point(always, forms)
+    if (
+        first is not None and run.banned == banned
+    ):  # what failed did not fail again: it is on record all the same
+        run.records.append(Rewrite("fold", "model", f"undone: {_reason(first)}, at the first attempt only"))
     return run
 
 
@@ -213,11 +218,15 @@ class _Run:
     def _undo(self, name: str, error: Exception) -> None:
         # Replaying costs time only when a pass fails; a copy before every pass would cost it always.
         self.banned.add(name)
-        reason = error.what if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
-        self.records.append(Rewrite(load(name).name, "model", f"undone: {reason.splitlines()[0][:200]}"))
+        self.records.append(Rewrite(load(name).name, "model", f"undone: {_reason(error)}"))
         self.model = apply_named(self.program, self.applied).model
         self._nodes, self._operators = list(every_node(self.model.graph)), None
         self._now = fingerprint(self.model, self._nodes)
+
+
+def _reason(error: Exception) -> str:
+    said = error.what if isinstance(error, LaminaError) else f"{type(error).__name__}: {error}"
+    return said.splitlines()[0][:200]
 
 
 def _guarded(
