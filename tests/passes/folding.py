@@ -24,7 +24,7 @@ def program(text: str, weights: Mapping[str, np.ndarray] | None = None, opset: i
                 if read is not None and read.name == name:
                     node.replace_input_with(i, value)
         model.graph.register_initializer(value)
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         node.name = f"node_{node.outputs[0].name}"
     import onnx_ir.passes.common as common
 
