@@ -79,8 +79,14 @@ def _class_axes(call: Call) -> tuple[int, ...]:
 
 
 def _softmax(call: Call) -> Parts:
-    weighed = call.grad * call.made
-    return [weighed - call.made * weighed.sum(axis=_class_axes(call), keepdims=True)]
+    axes = _class_axes(call)
+    if axes == (call.grad.ndim - 1,):  # attention: the largest arrays there are, so none is made in vain
+        mean = np.einsum("...i,...i->...", call.grad, call.made)[..., None]
+    else:
+        mean = (call.grad * call.made).sum(axis=axes, keepdims=True)
+    slope = call.grad - mean
+    slope *= call.made
+    return [slope]
 
 
 def _log_softmax(call: Call) -> Parts:

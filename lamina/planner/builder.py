@@ -65,6 +65,7 @@ class Rounded:
 
     Attributes:
         operators: Operators that were rounded anew.
+        method: Of :class:`lamina.passes.quantize.rounding.Rounding`.
         before: Divergence from the original on selection data with the nearest codes.
         after: With the others.
         kept: Whether the plan holds them.
@@ -72,6 +73,7 @@ class Rounded:
     """
 
     operators: int
+    method: str
     before: float
     after: float
     kept: bool

@@ -53,7 +53,7 @@ def mend(
     seconds = part * (MEND_SHARE * request.seconds - sum(m.seconds for m in builder.mended.values()))
     if not finalist.realized.plan.moves or genome in builder.mended or seconds <= 0:
         return finalist
-    finalist = round_plan(request, builder, finalist)
+    finalist = round_plan(request, builder, finalist, part=part)
     realized = finalist.realized
     original, start = builder.prepared.folded.program, time.perf_counter()
     if [p.name for p in original.inputs] != [p.name for p in realized.program.inputs]:

@@ -9,23 +9,34 @@ from dataclasses import replace
 from lamina.backends.backend import run_of
 from lamina.errors import DataError, LaminaError
 from lamina.ir.program import Program
-from lamina.passes.quantize.rounding import round_options
+from lamina.passes.quantize.rounding import Rounding, round_options
 from lamina.planner.apply import apply_drops, apply_rest, removes
 from lamina.planner.builder import Builder, Finalist, Rounded
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
 from lamina.quality import evaluate, get_metric, reference_outputs
 
-# Share of the search's time that rounding one plan may take.
+# Share of the search's time that rounding one plan may take, operator after operator.
 _SHARE = 0.5
+# Share of it after which no plan's codes are learned against the outputs any more.
+_LEARNING_SHARE = 0.75
+# The most bits of a weight that gain from it: at 8 other errors are larger.
+_FEW_BITS = 4
 
 
-def round_plan(request: Request, builder: Builder, finalist: Finalist) -> Finalist:
+def round_plan(request: Request, builder: Builder, finalist: Finalist, *, part: float = 1.0) -> Finalist:
     """The finalist with codes that answer for each other, where that brings the outputs nearer.
 
     Bytes and operators stay as they are. Judged is the divergence from the original on selection data: the
     same weights in the same bits rarely move a metric that counts right answers. Codes that answer for each
     other on made-up inputs would do so on those alone, so without data there is nothing to do.
+    Codes of few bits are learned against the outputs too, in the time that is left for it.
+
+    Args:
+        request: The data and the time.
+        builder: Holds what was done.
+        finalist: A finished plan.
+        part: Share of the time left for learning that this plan may take.
     """
     if request.synthetic_data:
         return finalist
@@ -35,18 +46,19 @@ def round_plan(request: Request, builder: Builder, finalist: Finalist) -> Finali
         return finalist
     start = time.perf_counter()
     try:
-        made = _rounded(request, builder, realized)
+        made = _rounded(request, builder, realized, part)
     except DataError:  # too little calibration data
         return finalist
     except LaminaError as error:  # a bug in rounding costs the rounding, not the run
         builder.prepared.undone.append({"pass": "rounding", "where": "plan", "reason": error.what})
         return finalist
-    count = sum("codes" in m.option.parameters for m in made.plan.moves)
-    if not count:
+    methods = [m.option.parameters["rounding"] for m in made.plan.moves if "codes" in m.option.parameters]
+    if not methods:
         return finalist
+    count, method = len(methods), "output" if "output" in methods else methods[0]
     before, after = _divergences(request, (realized.program, made.program))
     kept = after < before
-    builder.rounded[genome] = Rounded(count, before, after, kept, time.perf_counter() - start)
+    builder.rounded[genome] = Rounded(count, method, before, after, kept, time.perf_counter() - start)
     if not kept:
         return finalist
     rounded = replace(finalist, realized=made)
@@ -54,13 +66,22 @@ def round_plan(request: Request, builder: Builder, finalist: Finalist) -> Finali
     return rounded
 
 
-def _rounded(request: Request, builder: Builder, realized: Realized) -> Realized:
+def _rounded(request: Request, builder: Builder, realized: Realized, part: float) -> Realized:
     """The plan with other codes, applied and checked."""
     moves = realized.plan.moves
     rest = [m for m in moves if not removes(m)]
     program = apply_drops(builder.prepared.folded.program, moves)
     chosen = [(m.site, m.option) for m in rest]
-    options = round_options(program, chosen, request.splits.calibration, seconds=_SHARE * request.seconds)
+    few = any(o.parameters.get("weight_bits", 8) <= _FEW_BITS for _, o in chosen)
+    left = _LEARNING_SHARE * request.seconds - sum(r.seconds for r in builder.rounded.values())
+    options = round_options(
+        program,
+        chosen,
+        request.splits.calibration,
+        Rounding("output" if few and left > 0 else "descent"),
+        seconds=_SHARE * request.seconds,
+        learning=part * left,
+    )
     renewed = [replace(m, option=o) for m, o in zip(rest, options, strict=True)]
     final = tuple(m for m in moves if removes(m)) + tuple(renewed)
     made = Realized(apply_rest(program, final), replace(realized.plan, moves=final))

@@ -165,8 +165,8 @@ def _rounding(console: Console, found: Mapping[str, Any] | None) -> None:
     if found is not None:
         word = "kept" if found["kept"] else "not kept"
         console.print(
-            f"rounding {word}: {found['operators']} operators, divergence on selection data "
-            f"{found['before']:.3g} -> {found['after']:.3g}",
+            f"rounding ({found['method']}) {word}: {found['operators']} operators, "
+            f"divergence on selection data {found['before']:.3g} -> {found['after']:.3g}",
             highlight=False,
         )
 

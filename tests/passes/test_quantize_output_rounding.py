@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from quantize_tools import program, relative_error, run
@@ -9,9 +11,12 @@ from test_quantize_rounding import FORMS, NETS, chosen, images, mlp, moves, norm
 
 from lamina.analysis.output_loss import OutputLoss
 from lamina.data import Dataset
+from lamina.passes.quantize import output_search, straight_through
+from lamina.passes.quantize.coded import nearest
 from lamina.passes.quantize.rounding import Rounding, round_options
+from lamina.passes.quantize.straight_through import learn
 from lamina.planner.apply import apply_moves
-from lamina.planner.plan import Plan
+from lamina.planner.plan import Move, Plan
 from lamina.planner.realize import reproduce
 
 
@@ -130,7 +135,7 @@ def test_when_time_is_over_codes_are_those_of_the_descent():
     prog, data = program(mlp, ("b", "t", 32)), Dataset({"x0": tokens(20)}, {}, 4)
     picked = chosen(prog, "stored-w3")
     codes = [
-        [o.parameters["codes"] for o in round_options(prog, picked, data, Rounding(m, rounds=0))]
+        [o.parameters["codes"] for o in round_options(prog, picked, data, Rounding(m, passes=0, rounds=0))]
         for m in ("descent", "output")
     ]
     assert codes[0] == codes[1]
@@ -179,3 +184,71 @@ def test_padding_does_not_count():
     assert loss.compare({"y": other}, {"y": y0}, batch)[0] == pytest.approx(first, rel=1e-6)
     assert not slopes["y"][mask == 0].any()
     assert loss.positions({"y": y0}, batch) == 3
+
+
+def learned(**how):
+    prog, x = program(classifier, ("b", "t", 32)), tokens(31, rows=128)
+    data = Dataset({"x0": tokens(21, rows=128)}, {}, 16)
+    made = moves(prog, "stored-w2", data, Rounding("output", **how))
+    return divergence(prog, apply_moves(prog, made), x), [m.option.parameters["codes"] for m in made]
+
+
+@pytest.mark.parametrize("how", [{"rounds": 0}, {"passes": 0}], ids=["passes alone", "rounds alone"])
+def test_either_half_of_it_lowers_the_divergence_on_samples_nobody_saw(how):
+    none = learned(passes=0, rounds=0)[0]
+    assert learned(**how)[0] < 0.97 * none
+
+
+def test_answers_of_the_original_that_are_not_kept_are_computed_again(monkeypatch):
+    kept = learned(passes=3, rounds=2)
+    monkeypatch.setattr(output_search, "_KEPT", 0)
+    assert learned(passes=3, rounds=2) == kept
+
+
+def test_a_program_of_a_fixed_batch_learns_from_whole_batches():
+    prog = program(mlp, (4, 6, 32))
+    data = Dataset({"x0": tokens(20, rows=30)}, {}, 4, fixed_batch=4)
+    made = moves(prog, "stored-w2", data, Rounding("output"))
+    assert all(m.option.parameters["rounding"] == "output" for m in made)
+
+
+def test_a_scale_that_is_off_is_found_again():
+    """Codes are right, scales 3 % too large: only derivatives by scales can mend that."""
+    prog = program(mlp, ("b", "t", 32))
+    data = Dataset({"x0": tokens(20, rows=64)}, {}, 16)
+    options = [m.option for m in moves(prog, "stored-w8", data, Rounding("nearest"))]
+    arrays = {n: v.const_value.numpy() for n, v in prog.graph.initializers.items() if len(v.shape) == 2}
+    rounded = []
+    for (name, array), option in zip(arrays.items(), options, strict=True):
+        right = nearest(array, option.parameters, 1)
+        off = replace(right, scale=right.scale * np.float32(1.03))
+        moments = np.eye(array.shape[0])[None]
+        rounded.append(
+            output_search.Rounded(
+                off, off.rows(), moments, np.ones(1, np.float32), 1, array.shape, (name,), ()
+            )
+        )
+    search = output_search.OutputSearch(prog, prog, rounded, data)
+    made = learn(search, rounded, passes=12, seconds=1e9)
+    ratio = [np.abs(m.scale / r.made.scale - 1 / 1.03).mean() for m, r in zip(made, rounded, strict=True)]
+    assert max(ratio) < 0.7 * (1 - 1 / 1.03)
+    before, after = (search.divergence(c, search.seen) for c in ([r.made for r in rounded], made))
+    assert after < 0.5 * before
+
+
+def test_a_time_limit_ends_learning_with_codes_no_worse(monkeypatch):
+    """The clock runs a tenth of a second a look: the limit of one is over within the first pass."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(straight_through.time, "perf_counter", lambda: next(ticks) / 10)
+    prog, x = program(classifier, ("b", "t", 32)), tokens(21, rows=128)
+    data = Dataset({"x0": x}, {}, 16)
+    picked = chosen(prog, "stored-w2")
+    options = round_options(prog, picked, data, Rounding("output"), learning=2.0)
+    plain = round_options(prog, picked, data, Rounding("descent"))
+    assert [o.parameters["rounding"] for o in options] == ["output"] * 2
+    made = [
+        apply_moves(prog, [Move(s, o) for (s, _), o in zip(picked, found, strict=True)])
+        for found in (plain, options)
+    ]
+    assert divergence(prog, made[1], x) <= divergence(prog, made[0], x)
+    assert next(ticks) < 200

@@ -76,4 +76,27 @@ def test_the_terminal_says_what_was_rounded(
     told = quantized.evidence["rounding"]
     result_tables(quantized.evidence, ["out/model.onnx"])
     text = " ".join(capsys.readouterr().out.split())
-    assert f"rounding kept: {told['operators']} operators, divergence on selection data" in text
+    assert (
+        f"rounding ({told['method']}) kept: {told['operators']} operators, divergence on selection data"
+        in text
+    )
+
+
+def test_codes_of_few_bits_are_learned_against_the_outputs(quantized: lamina.Result) -> None:
+    x = np.random.default_rng(1).normal(size=(240, 6, _WIDTH)).astype(np.float32)
+    narrow = lamina.quantize(
+        _program().model,
+        data={"x": x},
+        bits=3,
+        target="ort:cpu?threads=1",
+        workload="1x6",
+        seconds=4,
+        seed=0,
+    )
+    told = narrow.evidence["rounding"]
+    assert told["method"] == "output"
+    assert told["after"] < told["before"]
+    carried = [m.option.parameters for m in narrow.plan.moves if "codes" in m.option.parameters]
+    assert any(p["weight_bits"] <= 4 and p["rounding"] == "output" for p in carried)
+    few = any(m.option.parameters.get("weight_bits", 8) <= 4 for m in quantized.plan.moves)
+    assert quantized.evidence["rounding"]["method"] == ("output" if few else "descent")

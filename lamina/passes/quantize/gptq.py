@@ -126,6 +126,16 @@ def output_error(target: np.ndarray, moments: np.ndarray, made: Coded) -> float:
     return float(_row_errors(target, moments, made).sum())
 
 
+def kept_type(scale: np.ndarray, old: np.ndarray) -> np.ndarray:
+    """Scales as float32, or as numbers of float16 where the old ones were, for a file to hold them so."""
+    with np.errstate(over="ignore"):
+        half = old.astype(np.float16).astype(np.float32)
+        rounded = scale.astype(np.float16).astype(np.float32)
+    if np.array_equal(half, old) and np.isfinite(rounded).all() and (rounded > 0).all():
+        return rounded
+    return scale.astype(np.float32)
+
+
 def _row_errors(target: np.ndarray, moments: np.ndarray, made: Coded) -> np.ndarray:
     error = made.rows().astype(np.float64).reshape(target.shape) - target
     found: np.ndarray = np.einsum("gnk,gnk->gn", error @ moments, error)
@@ -150,20 +160,10 @@ def _refit(target: np.ndarray, moments: np.ndarray, made: Coded) -> Coded:
         step = np.where((new > 0.5 * old) & (new < 2 * old), new, old) - old
         scale[:, :, index] += step
         gradient += (counts * step[:, :, None]) @ moments[:, part, :]
-    refitted = replace(made, scale=_kept_type(scale.reshape(made.scale.shape), made.scale))
+    refitted = replace(made, scale=kept_type(scale.reshape(made.scale.shape), made.scale))
     # the type scales are stored in may cost more than refitting gains
     worse = _row_errors(target, moments, refitted) > _row_errors(target, moments, made)
     return replace(made, scale=np.where(worse.reshape(-1, 1), made.scale, refitted.scale))
-
-
-def _kept_type(scale: np.ndarray, old: np.ndarray) -> np.ndarray:
-    """float32; numbers of float16 where the old scales were."""
-    with np.errstate(over="ignore"):
-        half = old.astype(np.float16).astype(np.float32)
-        rounded = scale.astype(np.float16).astype(np.float32)
-    if np.array_equal(half, old) and np.isfinite(rounded).all() and (rounded > 0).all():
-        return rounded
-    return scale.astype(np.float32)
 
 
 def _damped(moments: np.ndarray, damp: float) -> np.ndarray | None:

@@ -27,7 +27,8 @@ from lamina.passes.pass_ import Option, Site
 from lamina.passes.quantize.coded import Coded, coded, from_rows, nearest, payload, to_rows
 from lamina.passes.quantize.gptq import DAMP, descend, gptq
 from lamina.passes.quantize.graph import constant_array
-from lamina.passes.quantize.output_rounding import Rounded, round_for_outputs
+from lamina.passes.quantize.output_rounding import round_for_outputs
+from lamina.passes.quantize.output_search import OutputSearch, Rounded
 from lamina.passes.quantize.seen import Key, Seen, Work, moments_of, reads_of, weight_of
 from lamina.passes.quantize.smoothing import factors
 
@@ -41,7 +42,7 @@ class Rounding:
 
     Attributes:
         method: ``nearest``; ``gptq``; ``descent``: gptq, then coordinate descent on codes and scales; or
-            ``output``: descent, then rounds of it over all operators together against the program's outputs
+            ``output``: descent, then codes of all operators together learned against the program's outputs
             (:mod:`lamina.passes.quantize.output_rounding`). Where those have no derivative that is known,
             where an operator was left out for want of time, or an option is rounded alone, ``output`` is
             ``descent``, and options name that.
@@ -50,7 +51,8 @@ class Rounding:
         rows: Samples to look at.
         vectors: Input vectors of an operator that enter its second moments, at least four times its width.
         sweeps: Most passes of the descent.
-        rounds: Most rounds of ``output``.
+        passes: Most passes of ``output`` over the data.
+        rounds: Most rounds of ``output`` behind them.
         damp: Added to the diagonal of the second moments, of its mean.
         weights: Extra or input ``[n, t]`` of the data that weighs tokens: row x counts ``r^2 x x'`` (rsq:
             :func:`lamina.passes.quantize.token_weights.attention_received`); None: all alike, padding none.
@@ -61,7 +63,8 @@ class Rounding:
     rows: int = 256
     vectors: int = 4096
     sweeps: int = 3
-    rounds: int = 24
+    passes: int = 12
+    rounds: int = 12
     damp: float = DAMP
     weights: str | None = None
 
@@ -89,6 +92,7 @@ def round_options(
     *,
     threads: int | None = None,
     seconds: float = math.inf,
+    learning: float = math.inf,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Option]:
     """The options with codes that answer for what the operators read; others as they are.
@@ -103,6 +107,7 @@ def round_options(
         how: Default: :class:`Rounding`.
         threads: Threads of a run.
         seconds: When they are over, what is left keeps its nearest codes.
+        learning: Of them, what ``output`` may add to ``descent``.
         progress: Called with operators done and in all.
 
     Returns:
@@ -145,9 +150,8 @@ def round_options(
             progress(done, len(work))
     method = how.method
     if method == "output":
-        left = seconds - (time.perf_counter() - start)
-        samples = batches, feeds
-        fits = done == len(work) > 0 and _for_outputs(program, current, found, samples, how, left, threads)
+        left = min(learning, seconds - (time.perf_counter() - start))
+        fits = done == len(work) > 0 and _for_outputs(program, current, found, data, how, left, threads)
         method = "output" if fits else "descent"
     for entry in found.values():
         for item in entry.items:
@@ -169,7 +173,7 @@ def _for_outputs(
     program: Program,
     current: Program,
     found: Mapping[Key, _Found],
-    samples: tuple[Sequence[Dataset], Sequence[Mapping[str, np.ndarray]]],
+    data: Dataset,
     how: Rounding,
     seconds: float,
     threads: int | None,
@@ -179,20 +183,19 @@ def _for_outputs(
     rounded = []
     for entry in found.values():
         first, seen = entry.items[0], entry.seen
-        factor = factors(first.option.parameters)
+        factor, array = factors(first.option.parameters), weight_of(program, first)
         moments = seen.square / max(1, seen.count) / np.outer(factor, factor)
         ridge = how.damp * np.einsum("gkk->gk", moments).mean(axis=1)
         moments = moments + np.where(ridge > 0, ridge, 1.0)[:, None, None] * np.eye(moments.shape[1])
         names = [(places[i.place[0]].inputs[i.place[1]]).name or "" for i in entry.items]  # type: ignore[union-attr]
-        operators = tuple(i.operator for i in entry.items)
-        shape = weight_of(program, first).shape
-        rounded.append(Rounded(entry.made, moments, factor, first.axis, shape, tuple(names), operators))
+        operators, target = tuple(i.operator for i in entry.items), to_rows(array, first.axis) * factor
+        where = factor, first.axis, array.shape, tuple(names), operators
+        rounded.append(Rounded(entry.made, target.astype(np.float32), moments, *where))
     try:
-        better = round_for_outputs(
-            program, current, rounded, *samples, rounds=how.rounds, seconds=seconds, threads=threads
-        )
+        search = OutputSearch(program, current, rounded, data, threads=threads)
     except UnsupportedOperator:
         return False
+    better = round_for_outputs(search, rounded, passes=how.passes, rounds=how.rounds, seconds=seconds)
     for entry, made in zip(found.values(), better, strict=True):
         entry.made = made
     return True

@@ -1,7 +1,7 @@
 """Damage against size of weight-only quantization, uniform over a model, beside other tools' quantizers.
 
     python -m tools.studies.precision --out FILE [--models kwt1 minilm] [--schemes "stored-w4 descent"]
-        [--forms rotate_fold] [--peers-python PYTHON,PYTHON]
+        [--forms rotate_fold] [--tokens 512] [--whole] [--peers-python PYTHON,PYTHON]
 
 For each model and scheme: bytes, divergence from the original's outputs on report data, the task's metric
 there, CPU seconds. ``--forms`` writes exact forms before, to see what they do to few bits; "original" is then
@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--tokens", type=int, default=_TOKENS, help="of each story to calibrate on, at most 512"
     )
+    parser.add_argument("--whole", action="store_true", help="judge on all report samples and tokens")
     known = [*SCHEMES, *BLOCK_TOOLS]
     parser.add_argument("--schemes", nargs="*", choices=known, default=list(SCHEMES))
     parser.add_argument("--peers-python", default="", help="Pythons that have other tools, with commas")
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         missing = [s for s in options.schemes if s + written not in done]
         if missing:
             chosen = {scheme: schemes[scheme] for scheme in missing}
-            for row in measure(name, chosen, options.forms, options.tokens):
+            for row in measure(name, chosen, options.forms, options.tokens, whole=options.whole):
                 row["scheme"] += written
                 if row["scheme"] in done:
                     continue
@@ -81,9 +82,11 @@ def measure(
     schemes: Mapping[str, tuple[int, str, Scheme]],
     forms: Sequence[str] = (),
     tokens: int = _TOKENS,
+    *,
+    whole: bool = False,
 ) -> Iterator[Row]:
     """One row a scheme, and one of the original in these forms."""
-    captured, calibration, report, metric = load(name, tokens)
+    captured, calibration, report, metric = load(name, tokens, whole=whole)
     original, program = fold(captured)[0], fold(captured, forms=forms)[0]
     divergence, task = get_metric(None, original), get_metric(metric, original)
     plain = runner(ir.to_proto(original.model))
@@ -118,18 +121,19 @@ def _cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def load(name: str, tokens: int = _TOKENS) -> tuple[Program, Dataset, Dataset, str]:
-    """The model, its calibration and report data, and its task's metric."""
+def load(name: str, tokens: int = _TOKENS, *, whole: bool = False) -> tuple[Program, Dataset, Dataset, str]:
+    """The model, its calibration and report data (a part of it, or all), and its task's metric."""
     case = next(c for c in CASES if c.name == name)
     program, parts = capture(case.path), case.load()
     data = []
     for part, rows in (("calibration", 256), ("report", _REPORT[name])):
-        arrays = parts[part]
-        if name == "stories260k":
+        arrays, all_of_it = parts[part], whole and part == "report"
+        if name == "stories260k" and not all_of_it:
             kept = tokens if part == "calibration" else _TOKENS
             arrays = {k: v[:, :kept] for k, v in arrays.items()}
         found = load_data(arrays, program, batch_size=16)
-        places = np.linspace(0, found.samples - 1, min(rows, found.samples)).astype(np.int64)
+        count = found.samples if all_of_it else min(rows, found.samples)
+        places = np.linspace(0, found.samples - 1, count).astype(np.int64)
         data.append(found.rows(places))
     return program, data[0], data[1], case.metric
 

@@ -173,10 +173,10 @@ SCHEMES |= {
     f"stored-w4 x16 {method}": (4, "lamina", ours("stored-w4", method, block=16))
     for method in ("nearest", "descent", "output")
 }
-SCHEMES["stored-w4 x16 output, 32768 vectors"] = (
+SCHEMES["stored-w4 x16 output, longer"] = (
     4,
     "lamina",
-    ours("stored-w4", "output", block=16, vectors=32768),
+    ours("stored-w4", "output", block=16, vectors=32768, passes=24, rounds=24),
 )
 SCHEMES |= {
     f"stored-w4{name} {method}, head in 8": (
