@@ -11,7 +11,7 @@ from test_quantize_rounding import FORMS, NETS, chosen, images, mlp, moves, norm
 
 from lamina.analysis.output_loss import OutputLoss
 from lamina.data import Dataset
-from lamina.passes.quantize import output_search, straight_through
+from lamina.passes.quantize import output_rounding, output_search, straight_through
 from lamina.passes.quantize.coded import nearest
 from lamina.passes.quantize.rounding import Rounding, round_options
 from lamina.passes.quantize.straight_through import learn
@@ -236,14 +236,25 @@ def test_a_scale_that_is_off_is_found_again():
     assert after < 0.5 * before
 
 
+def test_too_little_time_for_a_few_passes_is_not_begun(monkeypatch):
+    monkeypatch.setattr(output_rounding, "learn", lambda *a, **k: pytest.fail("begun"))
+    prog, data = program(classifier, ("b", "t", 32)), Dataset({"x0": tokens(21, rows=128)}, {}, 16)
+    picked = chosen(prog, "stored-w2")
+    codes = [
+        [o.parameters["codes"] for o in round_options(prog, picked, data, Rounding(m), learning=1e-4)]
+        for m in ("descent", "output")
+    ]
+    assert codes[0] == codes[1]
+
+
 def test_a_time_limit_ends_learning_with_codes_no_worse(monkeypatch):
-    """The clock runs a tenth of a second a look: the limit of one is over within the first pass."""
+    """The clock runs a tenth of a second a look: the limit is over within three passes of 28 steps."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(straight_through.time, "perf_counter", lambda: next(ticks) / 10)
     prog, x = program(classifier, ("b", "t", 32)), tokens(21, rows=128)
     data = Dataset({"x0": x}, {}, 16)
     picked = chosen(prog, "stored-w2")
-    options = round_options(prog, picked, data, Rounding("output"), learning=2.0)
+    options = round_options(prog, picked, data, Rounding("output"), learning=8.0)
     plain = round_options(prog, picked, data, Rounding("descent"))
     assert [o.parameters["rounding"] for o in options] == ["output"] * 2
     made = [
@@ -252,3 +263,4 @@ def test_a_time_limit_ends_learning_with_codes_no_worse(monkeypatch):
     ]
     assert divergence(prog, made[1], x) <= divergence(prog, made[0], x)
     assert next(ticks) < 200
+    assert options != plain

@@ -20,6 +20,8 @@ from lamina.passes.quantize.straight_through import learn
 
 # Share of the time for the passes; they end earlier where they are done.
 _LEARNING = 0.7
+# Runs of both programs over the data that passes, and rounds, must have time for to be begun.
+_LEAST_PASSES, _LEAST_ROUNDS = 3, 4
 # Trust in the curvature: its factor at first, after a step that helped, and after one that did not.
 _FIRST, _BOLDER, _SHYER = 16.0, 1 / 1.4, 3.0
 # Rounds without a better held-out divergence before it ends.
@@ -47,7 +49,7 @@ def round_for_outputs(
         rounded: The weights.
         passes: Most passes of learning.
         rounds: Most rounds behind them.
-        seconds: No step begins after them.
+        seconds: No step begins after them; nothing at all where they would not do for a few passes.
 
     Cost: two runs of the program forth and one back over the data a round or pass.
 
@@ -58,10 +60,13 @@ def round_for_outputs(
     made = [r.made for r in rounded]
     if not search.held or seconds <= 0:
         return made
-    end = time.perf_counter() + seconds
-    if passes:
+    start = time.perf_counter()
+    end = start + seconds
+    search.divergence(made, search.held)
+    run = (time.perf_counter() - start) * len(search.batches) / len(search.held)
+    if passes and seconds > _LEAST_PASSES * run:
         made = learn(search, rounded, passes=passes, seconds=_LEARNING * seconds)
-    if not rounds or time.perf_counter() > end:
+    if not rounds or end - time.perf_counter() < _LEAST_ROUNDS * run:
         return made
     models = _models(search, [replace(r, made=m) for r, m in zip(rounded, made, strict=True)])
     best, least, idle, trust = made, search.divergence(made, search.held), 0, _FIRST
