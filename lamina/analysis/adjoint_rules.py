@@ -246,6 +246,7 @@ POINTWISE: Mapping[str, Rule] = {
 }
 SHAPES: Mapping[str, Rule] = {
     "Cast": lambda c: [c.grad],
+    "CastLike": lambda c: [c.grad, None],
     "Dropout": lambda c: [c.grad],
     "Identity": lambda c: [c.grad],
     "Reshape": _reshape,

@@ -125,6 +125,8 @@ TOKENS = {
     "clip": one("Clip", None, np.float32(-0.7), np.float32(0.6)),
     "hard swish": one("HardSwish"),
     "hard sigmoid": one("HardSigmoid", {"alpha": 0.3}),
+    "softmax over tokens": one("Softmax", {"axis": 1}),
+    "cast like": one("CastLike", None, np.float32(0)),
     "log softmax": one("LogSoftmax", {"axis": 1}),
     "layer norm": one("LayerNormalization", {"axis": -1, "epsilon": 0.1}, normal(5, 6), normal(6, 6)),
     "mean": one("ReduceMean", {"axes": [1], "keepdims": 0}),

@@ -117,6 +117,29 @@ def test_without_a_derivative_operators_are_rounded_one_by_one():
     assert found[1].parameters["rounding"] == "descent"
 
 
+def test_fused_operators_are_seen_through():
+    """What folds write for a transformer has no derivative, but is defined by operators that have one."""
+
+    def build(r, x):
+        x = r.op("RMSNormalization", [x, r.constant(np.ones(32, np.float32), "gain")], {"axis": -1})
+        qkv = [
+            r.op("MatMul", [x, r.constant(normal(i, 32, 32) / 6, f"w{i}")], name=f"m{i}") for i in range(3)
+        ]
+        heads = {"q_num_heads": 4, "kv_num_heads": 4, "is_causal": 1}
+        return r.op(
+            "MatMul", [r.op("Attention", qkv, heads), r.constant(normal(5, 32, 32) / 6, "w3")], name="m3"
+        )
+
+    prog = program(build, ("b", "t", 32), opset=23)
+    x, data = tokens(31, rows=128), Dataset({"x0": tokens(21, rows=128)}, {}, 16)
+    made = moves(prog, "stored-w2", data, Rounding("output"))
+    assert [m.option.parameters["rounding"] for m in made] == ["output"] * 4
+    assert "Attention" in [n.op_type for n in prog.graph]
+    plain = moves(prog, "stored-w2", data, Rounding("descent"))
+    found = [divergence(prog, apply_moves(prog, m), x) for m in (plain, made)]
+    assert found[1] < 0.95 * found[0]
+
+
 def test_a_shared_weight_moves_as_one():
     def build(r, x):
         w = r.constant(normal(1, 32, 32) / 6, "w")

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lamina.analysis.adjoint import Adjoint
+from lamina.analysis.adjoint import RULES, Adjoint
 from lamina.analysis.instrument import InstrumentedSession, feeds_of, fixed_batch
 from lamina.analysis.operators import WeightedOperator
 from lamina.analysis.output_loss import OutputLoss
 from lamina.data import Dataset
 from lamina.ir.program import Program
+from lamina.passes.fold.unfuse import unfuse
+from lamina.passes.fold.unfuse_body import body_of
 from lamina.passes.quantize.coded import Coded, from_rows, to_rows
 
 # Batches the data is cut into, so that a pass has as many steps whatever the batch size of its owner.
@@ -86,7 +88,7 @@ class OutputSearch:
     ) -> None:
         self.loss = OutputLoss(original)
         names = [name for r in rounded for name in r.names]
-        self.adjoint = Adjoint(current, names, self.loss.outputs, threads=threads)
+        self.adjoint = Adjoint(_plain(current), names, self.loss.outputs, threads=threads)
         self._original = InstrumentedSession(original, self.loss.outputs, threads=threads)
         self._rounded = rounded
         fixed = fixed_batch(original)
@@ -162,6 +164,13 @@ class OutputSearch:
         """Initializer -> float32 array."""
         pairs = zip(self._rounded, made, strict=True)
         return {name: array for r, m in pairs for array in (r.array(m),) for name in r.names}
+
+
+def _plain(program: Program) -> Program:
+    """Fused operators that have no derivative written as those of which the standard makes them."""
+    fused = {n.op_type for n in program.graph if not n.domain and n.op_type not in RULES}
+    names = sorted(name for name in fused if body_of(name, program.opset) is not None)
+    return unfuse(program, names)[0] if names else program
 
 
 def _row_squares(slope: np.ndarray, operator: WeightedOperator) -> np.ndarray:
