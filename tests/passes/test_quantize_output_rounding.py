@@ -11,6 +11,7 @@ from test_quantize_rounding import FORMS, NETS, chosen, images, mlp, moves, norm
 
 from lamina.analysis.output_loss import OutputLoss
 from lamina.data import Dataset
+from lamina.errors import BackendError, PassError
 from lamina.passes.quantize import output_rounding, output_search, straight_through
 from lamina.passes.quantize.coded import nearest
 from lamina.passes.quantize.rounding import Rounding, round_options
@@ -138,6 +139,17 @@ def test_fused_operators_are_seen_through():
     plain = moves(prog, "stored-w2", data, Rounding("descent"))
     found = [divergence(prog, apply_moves(prog, m), x) for m in (plain, made)]
     assert found[1] < 0.95 * found[0]
+
+
+@pytest.mark.parametrize("error", [PassError, BackendError])
+def test_what_cannot_be_written_out_is_rounded_one_by_one(monkeypatch, error):
+    def refuse(program):
+        raise error("no")
+
+    monkeypatch.setattr(output_search, "_plain", refuse)
+    prog, data = program(mlp, ("b", "t", 32)), Dataset({"x0": tokens(20)}, {}, 4)
+    made = moves(prog, "stored-w3", data, Rounding("output"))
+    assert {m.option.parameters["rounding"] for m in made} == {"descent"}
 
 
 def test_a_shared_weight_moves_as_one():

@@ -19,7 +19,7 @@ from lamina.analysis.matching import in_batches
 from lamina.analysis.operators import WeightedOperator, weighted_operators
 from lamina.analysis.stream import Stream
 from lamina.data import Dataset
-from lamina.errors import PassError, UnsupportedOperator
+from lamina.errors import BackendError, PassError, UnsupportedOperator
 from lamina.ir.names import reads
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
@@ -193,7 +193,7 @@ def _for_outputs(
         rounded.append(Rounded(entry.made, target.astype(np.float32), moments, *where))
     try:
         search = OutputSearch(program, current, rounded, data, threads=threads)
-    except UnsupportedOperator:
+    except (UnsupportedOperator, PassError, BackendError):  # no derivative, or not written out
         return False
     better = round_for_outputs(search, rounded, passes=how.passes, rounds=how.rounds, seconds=seconds)
     for entry, made in zip(found.values(), better, strict=True):

@@ -1,13 +1,14 @@
 """Damage against size and against measured latency: every form everywhere, and every allocator's plan.
 
     python -m tools.studies.precision.frontier out/ [--cases kwt1,minilm] [--seconds 15]
+        [--only planner,bits-ilp]
 
-A *form* is given to every operator that offers it and, where weights are coded, rounded as finished plans are
-(``descent``). An *allocator* gets one bound, half-way between the files of ``stored-w8`` and ``stored-w4``,
-and mixes forms within it; ``planner`` is the joint search. Damage: points of top-1 or Spearman, percent of
-the loss, in a default session on report samples that nothing was chosen on; divergence of the outputs from
-float32's beside it. Latency: ratio to the original, one thread, all models of a case in alternation, each in
-a process of its own. Results go into ``out/frontier.json`` case by case; what it has is kept.
+A *form* is given to every operator that offers it and, where weights are coded, rounded by ``descent``. An
+*allocator* gets one bound, half-way between the files of ``stored-w8`` and ``stored-w4``, and mixes forms
+within it; ``planner`` is the joint search. Damage: points of top-1 or Spearman, percent of the loss, in a
+default session on report samples that nothing was chosen on; divergence of the outputs from float32's beside
+it. Latency: ratio to the original, one thread, all models of a case in alternation, each in a process of its
+own. Results go into ``out/frontier.json`` case by case; what it has is kept.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from tools.studies.precision.activations import divergence, folded, outputs, sam
 
 Make = Callable[[Case, Path], Path]
 TARGET = "ort:cpu?threads=1"
+# Half-way between their files is what allocators are bounded by.
+BOUNDS = ("stored-w8", "stored-w4")
 
 
 def uniform(form: str) -> Make:
@@ -81,8 +84,8 @@ def allocated(strategy: str | None, size: float, seconds: float) -> Make:
     return make
 
 
-def measure(case: Case, out: Path, seconds: float) -> list[dict[str, Any]]:
-    """One row a form, and with ``seconds`` one an allocator, of one case."""
+def measure(case: Case, out: Path, seconds: float, only: Collection[str] = ()) -> list[dict[str, Any]]:
+    """One row a form, and with ``seconds`` one an allocator, of one case; of some of them with ``only``."""
     out.mkdir(parents=True, exist_ok=True)
     rows: dict[str, dict[str, Any]] = {"float32": {}}
     models = {"float32": case.path}
@@ -98,11 +101,13 @@ def measure(case: Case, out: Path, seconds: float) -> list[dict[str, Any]]:
         print(f"{case.name} {name}: {rows[name]}", flush=True)
 
     for form in (*FORMS, *NAMED_FORMS):
-        build(form, uniform(form))
-    bounds = [file_bytes(models[n]) for n in ("stored-w8", "stored-w4") if n in models]
-    if seconds and len(bounds) == 2:
+        if not only or form in {*only, *BOUNDS}:
+            build(form, uniform(form))
+    bounds = [file_bytes(models[n]) for n in BOUNDS if n in models]
+    if seconds and len(bounds) == len(BOUNDS):
         for strategy in (None, *allocator_names()):
-            build(strategy or "planner", allocated(strategy, sum(bounds) / 2, seconds))
+            if not only or (strategy or "planner") in only:
+                build(strategy or "planner", allocated(strategy, sum(bounds) / 2, seconds))
     times = timed(case, models, 1, seconds=3.0 * len(models))
     reference = outputs(case, case.path)
     for name, path in models.items():
@@ -144,13 +149,15 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--cases", default=",".join(c.name for c in CASES))
     parser.add_argument("--seconds", type=float, default=15.0, help="of search an allocator; 0: forms alone")
+    parser.add_argument("--only", default="", help="forms and allocators, with commas; all by default")
     given = parser.parse_args()
+    only = [name for name in given.only.split(",") if name]
     given.out.mkdir(parents=True, exist_ok=True)
     kept = given.out / "frontier.json"
     rows: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
     for case in CASES:
         if case.name in given.cases.split(",") and case.name not in {row["case"] for row in rows}:
-            rows += measure(case, given.out / case.name, given.seconds)
+            rows += measure(case, given.out / case.name, given.seconds, only)
             kept.write_text(json.dumps(rows, indent=1))
     print(table(rows))
 
