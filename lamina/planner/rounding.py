@@ -20,7 +20,7 @@ from lamina.quality import evaluate, get_metric, reference_outputs
 _SHARE = 0.5
 # Share of it after which no plan's codes are learned against the outputs any more.
 _LEARNING_SHARE = 0.75
-# The most bits of a weight that gain from it: at 8 other errors are larger.
+# The most bits of a weight for which it was measured (docs/precision.md).
 _FEW_BITS = 4
 
 

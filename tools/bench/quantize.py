@@ -104,12 +104,15 @@ def run_case(
 
 
 def summary(told: dict[str, Any]) -> dict[str, Any]:
-    """Of lamina's evidence: widths, bounds, rules, and how many operators got which form."""
+    """Of lamina's evidence: widths, bounds, rules, rounding, and how many operators got which form."""
     moves: dict[str, int] = {}
     for move in told.get("moves", ()):
         key = f"{move['kind']} {move['option']}"
         moves[key] = moves.get(key, 0) + 1
-    return {**{k: told[k] for k in ("widths", "met", "rules", "budget") if k in told}, "moves": moves}
+    return {
+        **{k: told[k] for k in ("widths", "met", "rules", "budget", "rounding") if k in told},
+        "moves": moves,
+    }
 
 
 def others(

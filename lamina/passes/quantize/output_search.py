@@ -66,12 +66,14 @@ class OutputSearch:
         threads: Threads of a run.
 
     Attributes:
+        batches: The data, cut.
         held: Numbers of the batches held out, one in eight.
         seen: Those of the others.
 
     Raises:
         UnsupportedOperator: An operator between a weight and an output has no derivative in
             :mod:`lamina.analysis.adjoint`.
+        PassError: A fused operator cannot be written as those of which the standard makes it.
         BackendError: ONNX Runtime refuses a program.
 
     Memory: all inputs, 256 MB of the original's outputs at most, and all values of one batch.
@@ -86,15 +88,15 @@ class OutputSearch:
         *,
         threads: int | None = None,
     ) -> None:
-        self.loss = OutputLoss(original)
+        self._loss = OutputLoss(original)
         names = [name for r in rounded for name in r.names]
-        self.adjoint = Adjoint(_plain(current), names, self.loss.outputs, threads=threads)
-        self._original = InstrumentedSession(original, self.loss.outputs, threads=threads)
+        self._adjoint = Adjoint(_plain(current), names, self._loss.outputs, threads=threads)
+        self._original = InstrumentedSession(original, self._loss.outputs, threads=threads)
         self._rounded = rounded
         fixed = fixed_batch(original)
         cut = replace(data, batch_size=fixed or max(data.group, min(data.batch_size, len(data) // _BATCHES)))
         self.batches = [b for b in cut.batches() if fixed in (None, len(b))]
-        self.feeds = [feeds_of(original, b, f"batch {i}") for i, b in enumerate(self.batches)]
+        self._feeds = [feeds_of(original, b, f"batch {i}") for i, b in enumerate(self.batches)]
         self.held = [i for i in range(len(self.batches)) if i % _HOLD_OUT == 1]
         self.seen = [i for i in range(len(self.batches)) if i not in self.held]
         self._kept: dict[int, dict[str, np.ndarray]] = {}
@@ -104,8 +106,8 @@ class OutputSearch:
         """What the original answers to a batch."""
         if number in self._kept:
             return self._kept[number]
-        answers = self._original.run(self.loss.outputs, self.feeds[number], where=f"batch {number}")
-        made = dict(zip(self.loss.outputs, answers, strict=True))
+        answers = self._original.run(self._loss.outputs, self._feeds[number], where=f"batch {number}")
+        made = dict(zip(self._loss.outputs, answers, strict=True))
         size = sum(array.nbytes for array in made.values())
         if self._bytes + size <= _KEPT:
             self._kept[number], self._bytes = made, self._bytes + size
@@ -113,24 +115,24 @@ class OutputSearch:
 
     def divergence(self, made: Sequence[Coded], numbers: Iterable[int]) -> float:
         """Mean over the positions of some batches."""
-        weights, total, count = self.weights(made), 0.0, 0.0
+        weights, total, count = self._weights(made), 0.0, 0.0
         for i in numbers:
-            values = self.adjoint.run(self.feeds[i], weights, outputs_only=True)
+            values = self._adjoint.run(self._feeds[i], weights, outputs_only=True)
             reference = self.reference(i)
-            total += self.loss.compare(values, reference, self.batches[i])[0]
-            count += self.loss.positions(reference, self.batches[i])
+            total += self._loss.compare(values, reference, self.batches[i])[0]
+            count += self._loss.positions(reference, self.batches[i])
         return total / max(count, 1.0)
 
     def slopes(self, made: Sequence[Coded], numbers: Iterable[int]) -> tuple[float, list[np.ndarray]]:
         """That mean, and its derivatives by the rows of each weight, float64 ``[n, k]``."""
-        weights, total, count = self.weights(made), 0.0, 0.0
+        weights, total, count = self._weights(made), 0.0, 0.0
         sums = [np.zeros(r.made.codes.shape) for r in self._rounded]
         for i in numbers:
-            values, reference = self.adjoint.run(self.feeds[i], weights), self.reference(i)
-            part, seeds = self.loss.compare(values, reference, self.batches[i])
+            values, reference = self._adjoint.run(self._feeds[i], weights), self.reference(i)
+            part, seeds = self._loss.compare(values, reference, self.batches[i])
             total += part
-            count += self.loss.positions(reference, self.batches[i])
-            found = self.adjoint.back(values, seeds)
+            count += self._loss.positions(reference, self.batches[i])
+            found = self._adjoint.back(values, seeds)
             for whole, r in zip(sums, self._rounded, strict=True):
                 for name in r.names:
                     if name in found:
@@ -145,22 +147,22 @@ class OutputSearch:
         of which the diagonal is kept.
         """
         generator, count = np.random.default_rng(0), 0.0
-        weights = self.weights(made)
-        ends = [[self.adjoint.output_of(o.name) for o in r.operators] for r in self._rounded]
+        weights = self._weights(made)
+        ends = [[self._adjoint.output_of(o.name) for o in r.operators] for r in self._rounded]
         also = [name for found in ends for name in found]
         squares = [np.zeros(len(m.codes)) for m in made]
-        for i, (batch, feeds) in enumerate(zip(self.batches, self.feeds, strict=True)):
+        for i, (batch, feeds) in enumerate(zip(self.batches, self._feeds, strict=True)):
             reference = self.reference(i)
-            count += self.loss.positions(reference, batch)
-            values = self.adjoint.run(feeds, weights)
-            slopes = self.adjoint.back(values, self.loss.probe(reference, batch, generator), also)
+            count += self._loss.positions(reference, batch)
+            values = self._adjoint.run(feeds, weights)
+            slopes = self._adjoint.back(values, self._loss.probe(reference, batch, generator), also)
             for square, r, found in zip(squares, self._rounded, ends, strict=True):
                 for operator, name in zip(r.operators, found, strict=True):
                     if name in slopes:
                         square += _row_squares(slopes[name], operator)
         return [square / max(count, 1.0) for square in squares]
 
-    def weights(self, made: Sequence[Coded]) -> Mapping[str, np.ndarray]:
+    def _weights(self, made: Sequence[Coded]) -> Mapping[str, np.ndarray]:
         """Initializer -> float32 array."""
         pairs = zip(self._rounded, made, strict=True)
         return {name: array for r, m in pairs for array in (r.array(m),) for name in r.names}
