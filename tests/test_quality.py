@@ -15,7 +15,15 @@ from reference import models_dir, needs_reference, sets_dir
 
 from lamina.data import Dataset, load_data
 from lamina.errors import BudgetError, DataError
-from lamina.quality import METRICS, damage_interval, evaluate, get_metric, reference_outputs, standard_error
+from lamina.quality import (
+    METRICS,
+    damage_interval,
+    evaluate,
+    evaluate_each,
+    get_metric,
+    reference_outputs,
+    standard_error,
+)
 from lamina.quality.divergence import CosineDivergence, KlDivergence, RelativeL2
 from lamina.quality.task import CrossEntropy, Perplexity, Spearman, Top1, weighted_ranks
 from lamina.quality.user import UserMetric
@@ -503,6 +511,23 @@ def test_references_run_kept_or_itself() -> None:
     model = Executable()
     assert metric.score(evaluate(model.run, data, metric, reference_run=model.run)) == 0
     assert model.runs == 3
+
+
+def test_several_metrics_share_one_run_of_each_batch() -> None:
+    a, b = (RNG.standard_normal((10, 5)).astype(np.float32) for _ in range(2))
+    data, calls = indexed(10, labels=RNG.integers(5, size=10)), []
+    whole = UserMetric(lambda o, d: float(o["logits"].mean()), "mean")
+    metrics = [RelativeL2(), whole, Top1()]
+    assert [m.whole for m in metrics] == [False, True, False]
+    alone = [evaluate(table(b), data, m, reference_run=table(a)) for m in metrics]
+
+    def counted(feeds: Arrays) -> dict[str, np.ndarray]:
+        calls.append(len(feeds["x"]))
+        return table(b)(feeds)
+
+    together = evaluate_each(counted, data, metrics, reference_run=table(a))
+    assert all(np.array_equal(x, y) for x, y in zip(alone, together, strict=True))
+    assert calls == [len(batch) for batch in data.batches()]
 
 
 def test_missing_output_is_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import onnx_ir as ir
 
@@ -13,6 +14,7 @@ from lamina.planner.prepare import Prepared, build
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
 from lamina.planner.search import Candidate
+from lamina.planner.selection import Selection
 from lamina.planner.space import Genome
 from lamina.planner.timing import Relative, Stopwatch
 
@@ -92,8 +94,13 @@ class Builder:
     broken: set[tuple[int, int]] = field(default_factory=set)  # (choice, gene)
     mended: dict[Genome, Mending] = field(default_factory=dict)
     rounded: dict[Genome, Rounded] = field(default_factory=dict)
-    selection_score: float | None = None  # the original's metric on selection data, once it was asked for
+    learning_s: float = 0.0  # spent on learning codes against the outputs
     _memory: dict[Genome | None, int] = field(default_factory=dict)
+
+    @cached_property
+    def selection(self) -> Selection:
+        """Finished programs on selection data."""
+        return Selection(self.request)
 
     @property
     def original_size(self) -> int:

@@ -276,8 +276,9 @@ def infeasible(
     kept = {c.genome: c for c in (*ranked[:1], *inside[:1], *least)}.values()
     nearest = [_nearest(f, goal) for f in builder.finish(list(kept), seconds=4.0)]
     report = "" if failed is None else f"; the best plan lost {failed.damage * 100:.2f} % on report data"
+    fast = " and is no slower than the original" if request.not_slower else ""
     return InfeasibleBudget(
-        f"no plan meets '{request.budget}'{report}",
+        f"no plan meets '{request.budget}'{fast}{report}",
         nearest=nearest,
         advice="nearest: " + " | ".join(str(n["would_meet"]) for n in nearest),
     )

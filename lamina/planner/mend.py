@@ -16,9 +16,8 @@ from lamina.planner.evaluator import Score
 from lamina.planner.paths import RANKS, with_paths
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
-from lamina.planner.rounding import round_plan
+from lamina.planner.rounding import has_few_bits, round_plan
 from lamina.planner.search import Goal, Search
-from lamina.planner.selection import damages
 from lamina.quality import get_metric
 
 # Share of the search's time that all compensation may take.
@@ -33,7 +32,13 @@ _BEYOND = (1.4, 2.0, 3.0)
 
 
 def mend(
-    request: Request, builder: Builder, finalist: Finalist, goal: Goal, *, part: float = 1.0
+    request: Request,
+    builder: Builder,
+    finalist: Finalist,
+    goal: Goal,
+    *,
+    part: float = 1.0,
+    learning: bool = True,
 ) -> Finalist:
     """The finalist with better rounded and repaired weights, where they lower the damage on selection data.
 
@@ -48,13 +53,16 @@ def mend(
         finalist: A finished plan.
         goal: What the search is after.
         part: Share of the time that is left.
+        learning: Whether codes may be learned against the outputs.
     """
     genome = finalist.candidate.genome
-    seconds = part * (MEND_SHARE * request.seconds - sum(m.seconds for m in builder.mended.values()))
-    if not finalist.realized.plan.moves or genome in builder.mended or seconds <= 0:
+    if not finalist.realized.plan.moves or genome in builder.mended:
         return finalist
-    finalist = round_plan(request, builder, finalist, part=part)
+    finalist = round_plan(request, builder, finalist, part=part, learning=learning)
     realized = finalist.realized
+    seconds = part * (MEND_SHARE * request.seconds - sum(m.seconds for m in builder.mended.values()))
+    if seconds <= 0:
+        return finalist
     original, start = builder.prepared.folded.program, time.perf_counter()
     if [p.name for p in original.inputs] != [p.name for p in realized.program.inputs]:
         return finalist  # a cache left with its attention: the two do not run on the same feeds
@@ -76,9 +84,9 @@ def mend(
         return finalist
     before = after = 0.0
     if made.repairs:
-        before, after = damages(request, builder, (realized.program, made.program))
+        before, after = (builder.selection.outcome(p).damage for p in (realized.program, made.program))
     elif wants:
-        before = after = damages(request, builder, (realized.program,))[0]
+        before = after = builder.selection.outcome(realized.program).damage
     kept, mended, paths = after < before, finalist, 0
     if kept:
         plan = replace(realized.plan, repairs=made.repairs)
@@ -101,7 +109,8 @@ def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist],
     """The first finalist mended; where damage is minimized, of the first few the one with the least after it.
 
     What a repair can make up for differs from plan to plan by more than what it is chosen by before. An
-    earlier one is left for a later one only where that is better by more than a standard error.
+    earlier one is left for a later one only where that is better by more than a standard error. Codes of few
+    bits are learned for that one alone: it takes all the time there is for it.
 
     Args:
         request: The budget and the data.
@@ -112,7 +121,10 @@ def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist],
     if goal.minimize != "damage":
         return mend(request, builder, finalists[0], goal)
     tried = finalists[:CONTENDERS]
-    mended = [mend(request, builder, f, goal, part=1.0 / (len(tried) - i)) for i, f in enumerate(tried)]
+    mended = [
+        mend(request, builder, f, goal, part=1.0 / (len(tried) - i), learning=False)
+        for i, f in enumerate(tried)
+    ]
 
     def left(finalist: Finalist, before: Finalist) -> float:
         told = builder.mended.get(before.candidate.genome)
@@ -121,7 +133,25 @@ def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist],
     lasting = [left(*pair) for pair in zip(mended, tried, strict=True)]
     best = lasting.index(min(lasting))
     most = lasting[best] + tried[best].candidate.score.error
-    return next(finalist for finalist, damage in zip(mended, lasting, strict=True) if damage <= most)
+    chosen = next(i for i, damage in enumerate(lasting) if damage <= most)
+    return _learned(request, builder, tried[chosen], mended[chosen], goal)
+
+
+def _learned(request: Request, builder: Builder, plain: Finalist, mended: Finalist, goal: Goal) -> Finalist:
+    """``plain`` mended anew with codes learned, where that is nearer to the original than ``mended``."""
+    genome, told = plain.candidate.genome, builder.rounded.get(plain.candidate.genome)
+    if told is None or told.method == "output" or not has_few_bits(plain.realized.plan):
+        return mended
+    before = told, builder.mended.pop(genome, None), builder.done[genome]
+    del builder.rounded[genome]
+    again = mend(request, builder, plain, goal)
+    old, new = (builder.selection.outcome(f.realized.program).divergence for f in (mended, again))
+    if new < old:
+        return again
+    builder.rounded[genome], builder.done[genome] = before[0], before[2]
+    if before[1] is not None:
+        builder.mended[genome] = before[1]
+    return mended
 
 
 def _wants_paths(score: Score, goal: Goal) -> bool:

@@ -15,7 +15,6 @@ from lamina.planner.builder import Builder, Finalist
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
 from lamina.planner.search import Goal
-from lamina.planner.selection import damages
 from lamina.quality import get_metric
 
 # Ranks tried, and the shares of the paths, those first that gain most a byte.
@@ -62,7 +61,7 @@ def with_paths(
         for share in SHARES:
             chosen = best_paths(made.fitted, share)
             program = apply_paths(base.program, [f.path for f in chosen])
-            (after,) = damages(request, builder, [program])
+            after = builder.selection.outcome(program).damage
             found = replace(finalist.candidate.score, damage=after)
             if after >= before or found.bound(goal.caution) > goal.allowed_damage:
                 break  # fewer paths give back less

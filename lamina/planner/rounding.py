@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
-from lamina.backends.backend import run_of
 from lamina.errors import DataError, LaminaError
-from lamina.ir.program import Program
 from lamina.passes.quantize.rounding import Rounding, round_options
 from lamina.planner.apply import apply_drops, apply_rest, removes
 from lamina.planner.builder import Builder, Finalist, Rounded
+from lamina.planner.plan import Plan
 from lamina.planner.realize import Realized
 from lamina.planner.request import Request
-from lamina.quality import evaluate, get_metric, reference_outputs
 
 # Share of the search's time that rounding one plan may take, operator after operator.
 _SHARE = 0.5
-# Share of it after which no plan's codes are learned against the outputs any more.
-_LEARNING_SHARE = 0.75
+# Seconds that learning codes against the outputs may take in all, as a share of it.
+_LEARNING_SHARE = 1.0
 # The most bits of a weight for which it was measured (docs/precision.md).
 _FEW_BITS = 4
 
 
-def round_plan(request: Request, builder: Builder, finalist: Finalist, *, part: float = 1.0) -> Finalist:
+def round_plan(
+    request: Request, builder: Builder, finalist: Finalist, *, part: float = 1.0, learning: bool = True
+) -> Finalist:
     """The finalist with codes that answer for each other, where that brings the outputs nearer.
 
     Bytes and operators stay as they are. Judged is the divergence from the original on selection data: the
     same weights in the same bits rarely move a metric that counts right answers. Codes that answer for each
     other on made-up inputs would do so on those alone, so without data there is nothing to do.
-    Codes of few bits are learned against the outputs too, in the time that is left for it.
+    Codes of few bits are learned against the outputs too, in the time that is left for that.
 
     Args:
         request: The data and the time.
         builder: Holds what was done.
         finalist: A finished plan.
         part: Share of the time left for learning that this plan may take.
+        learning: Whether it may take any.
     """
     if request.synthetic_data:
         return finalist
@@ -46,7 +47,7 @@ def round_plan(request: Request, builder: Builder, finalist: Finalist, *, part: 
         return finalist
     start = time.perf_counter()
     try:
-        made = _rounded(request, builder, realized, part)
+        made = _rounded(request, builder, realized, part if learning else 0.0)
     except DataError:  # too little calibration data
         return finalist
     except LaminaError as error:  # a bug in rounding costs the rounding, not the run
@@ -56,7 +57,7 @@ def round_plan(request: Request, builder: Builder, finalist: Finalist, *, part: 
     if not methods:
         return finalist
     count, method = len(methods), "output" if "output" in methods else methods[0]
-    before, after = _divergences(request, (realized.program, made.program))
+    before, after = (builder.selection.outcome(p).divergence for p in (realized.program, made.program))
     kept = after < before
     builder.rounded[genome] = Rounded(count, method, before, after, kept, time.perf_counter() - start)
     if not kept:
@@ -72,16 +73,21 @@ def _rounded(request: Request, builder: Builder, realized: Realized, part: float
     rest = [m for m in moves if not removes(m)]
     program = apply_drops(builder.prepared.folded.program, moves)
     chosen = [(m.site, m.option) for m in rest]
-    few = any(o.parameters.get("weight_bits", 8) <= _FEW_BITS for _, o in chosen)
-    left = _LEARNING_SHARE * request.seconds - sum(r.seconds for r in builder.rounded.values())
-    options = round_options(
-        program,
-        chosen,
-        request.splits.calibration,
-        Rounding("output" if few and left > 0 else "descent"),
-        seconds=_SHARE * request.seconds,
-        learning=part * left,
-    )
+    left = part * (_LEARNING_SHARE * request.seconds - builder.learning_s)
+    learns = left > 0 and has_few_bits(realized.plan)
+    start = time.perf_counter()
+    with request.progress.stage("round"):
+        options = round_options(
+            program,
+            chosen,
+            request.splits.calibration,
+            Rounding("output" if learns else "descent"),
+            seconds=_SHARE * request.seconds,
+            learning=left,
+            progress=partial(request.progress.update, "round"),
+        )
+    if learns:
+        builder.learning_s += time.perf_counter() - start
     renewed = [replace(m, option=o) for m, o in zip(rest, options, strict=True)]
     final = tuple(m for m in moves if removes(m)) + tuple(renewed)
     made = Realized(apply_rest(program, final), replace(realized.plan, moves=final))
@@ -89,13 +95,6 @@ def _rounded(request: Request, builder: Builder, realized: Realized, part: float
     return made
 
 
-def _divergences(request: Request, programs: Sequence[Program]) -> list[float]:
-    """Divergence of finished programs from the original on the selection data."""
-    metric, data = get_metric(request.metric.divergence, request.program), request.splits.selection
-    original = request.backend.compile(request.program.model, request.draft).run
-    kept = reference_outputs(original, data)
-    found = []
-    for program in programs:
-        run = run_of(request.backend.compile(program.model, request.draft))
-        found.append(metric.score(evaluate(run, data, metric, reference_run=kept)))
-    return found
+def has_few_bits(plan: Plan) -> bool:
+    """Whether learning codes against the outputs is worth its time."""
+    return any(m.option.parameters.get("weight_bits", 8) <= _FEW_BITS for m in plan.moves)

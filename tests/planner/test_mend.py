@@ -129,10 +129,13 @@ def test_where_damage_is_minimized_the_least_damaging_after_compensation_is_chos
 
     after = {"a": (0.04, True), "b": (0.01, True), "c": (0.0, False), "d": (0.0, True)}
     plans = [finished("a", 0.05), finished("b", 0.06), finished("c", 0.07), finished("d", 0.08)]
-    builder: Any = SimpleNamespace(mended={})
+    builder: Any = SimpleNamespace(mended={}, rounded={})
     parts = []
 
-    def mend(request: Any, builder: Any, finalist: Any, goal: Any, *, part: float = 1.0) -> Any:
+    def mend(
+        request: Any, builder: Any, finalist: Any, goal: Any, *, part: float = 1.0, learning: bool = True
+    ) -> Any:
+        assert learning == (goal.minimize == "latency")  # of several, only the one that is chosen
         genome = finalist.candidate.genome
         left, kept = after[genome]
         parts.append(part)
@@ -145,3 +148,47 @@ def test_where_damage_is_minimized_the_least_damaging_after_compensation_is_chos
     assert parts == [pytest.approx(1 / 3), pytest.approx(1 / 2), 1.0]  # d is not looked at
     latency: Any = SimpleNamespace(minimize="latency")
     assert module.mend_best(None, builder, plans, latency).candidate.genome == "a"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_codes_are_learned_for_the_chosen_plan_and_kept_where_they_are_nearer(
+    monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    from types import SimpleNamespace
+
+    from lamina.planner import mend as module
+    from lamina.planner.builder import Mending, Rounded
+
+    few = Option("stored-w4", {"weight_bits": 4})
+    plan = SimpleNamespace(moves=(SimpleNamespace(option=few),))
+
+    def finished(name: str, label: str = "plain") -> Any:
+        score = SimpleNamespace(damage={"a": 0.05, "b": 0.06}[name], error=0.0)
+        realized = SimpleNamespace(plan=plan, program=f"{name} {label}")
+        return SimpleNamespace(candidate=SimpleNamespace(genome=name, score=score), realized=realized)
+
+    near = {"b descent": 0.02, "b output": 0.01 if better else 0.03}
+    outcome = lambda program: SimpleNamespace(divergence=near[program])  # noqa: E731
+    builder: Any = SimpleNamespace(mended={}, rounded={}, done={}, selection=SimpleNamespace(outcome=outcome))
+    asked = []
+
+    def mend(
+        request: Any, builder: Any, given: Any, goal: Any, *, part: float = 1.0, learning: bool = True
+    ) -> Any:
+        name, method = given.candidate.genome, "output" if learning else "descent"
+        assert name not in builder.rounded
+        assert name not in builder.mended
+        asked.append((name, method, given.realized.program))
+        builder.rounded[name] = Rounded(1, method, 0.1, 0.05, True, 1.0)
+        builder.mended[name] = Mending(1, 0.05, {"a": 0.04, "b": 0.01}[name], True, 1.0)
+        builder.done[name] = finished(name, method)
+        return builder.done[name]
+
+    monkeypatch.setattr(module, "mend", mend)
+    goal: Any = SimpleNamespace(minimize="damage")
+    chosen = module.mend_best(None, builder, [finished("a"), finished("b")], goal)  # type: ignore[arg-type]
+    assert asked == [("a", "descent", "a plain"), ("b", "descent", "b plain"), ("b", "output", "b plain")]
+    kept = "output" if better else "descent"
+    assert chosen.realized.program == builder.done["b"].realized.program == f"b {kept}"
+    assert builder.rounded["b"].method == kept
+    assert builder.mended["b"].kept

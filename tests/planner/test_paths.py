@@ -27,7 +27,7 @@ from lamina.planner.paths import best_paths, with_paths
 from lamina.planner.plan import Move, Plan
 from lamina.planner.realize import Realized
 from lamina.planner.search import Candidate, Goal
-from lamina.planner.selection import damages
+from lamina.planner.selection import Selection
 from lamina.planner.timing import Relative
 from lamina.quality import get_metric
 from lamina.workload import parse_workload
@@ -78,13 +78,13 @@ class _Scene:
                 original_cost=SimpleNamespace(flops=1e9),
             ),
             stopwatch=SimpleNamespace(compare=lambda models, seconds: [relative for _ in models]),
-            selection_score=None,
+            selection=Selection(self.request),
             original_size=size,
             original_latency_s=1.0,
             forget_memory=self.forgotten.append,
         )
         self.goal = Goal(self.request.minimize, {}, allowed)
-        (self.before,) = damages(self.request, self.builder, [changed])
+        self.before = self.builder.selection.outcome(changed).damage
 
     def paths(self) -> Finalist | None:
         return with_paths(
@@ -103,7 +103,7 @@ def test_where_damage_is_minimized_paths_lower_it_and_are_priced() -> None:
     found = scene.paths()
     assert found is not None
     plain, program = scene.finalist.realized.program, found.realized.program
-    (after,) = damages(scene.request, scene.builder, [program])
+    after = scene.builder.selection.outcome(program).damage
     assert after == found.candidate.score.damage
     assert after < 0.1 * scene.before
     grown = serialized_size(program.model) - serialized_size(plain.model)
@@ -122,7 +122,7 @@ def test_the_plan_carries_the_paths() -> None:
     again = Plan.from_json(found.realized.plan.to_json())
     assert again.paths == found.realized.plan.paths
     program = apply_paths(scene.finalist.realized.program, again.paths)
-    assert damages(scene.request, scene.builder, [program]) == [found.candidate.score.damage]
+    assert scene.builder.selection.outcome(program).damage == found.candidate.score.damage
 
 
 @pytest.mark.parametrize(

@@ -84,10 +84,11 @@ def test_the_terminal_says_what_was_rounded(
 
 def test_codes_of_few_bits_are_learned_against_the_outputs(quantized: lamina.Result) -> None:
     x = np.random.default_rng(1).normal(size=(240, 6, _WIDTH)).astype(np.float32)
-    narrow = lamina.quantize(
+    narrow = lamina.optimize(
         _program().model,
+        "size<=0.2x",
         data={"x": x},
-        bits=3,
+        transforms=["quantize"],
         target="ort:cpu?threads=1",
         workload="1x6",
         seconds=4,

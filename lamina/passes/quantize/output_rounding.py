@@ -8,7 +8,7 @@ the original's: first far and roughly (:mod:`lamina.passes.quantize.straight_thr
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from lamina.passes.quantize.straight_through import learn
 # Share of the time for the passes; they end earlier where they are done.
 _LEARNING = 0.7
 # Runs of both programs over the data that passes, and rounds, must have time for to be begun.
-_LEAST_PASSES, _LEAST_ROUNDS = 3, 4
+_LEAST_PASSES, _LEAST_ROUNDS = 1, 4
 # Trust in the curvature: its factor at first, after a step that helped, and after one that did not.
 _FIRST, _BOLDER, _SHYER = 16.0, 1 / 1.4, 3.0
 # Rounds without a better held-out divergence before it ends.
@@ -31,7 +31,13 @@ _LEAST = 0.01
 
 
 def round_for_outputs(
-    search: OutputSearch, rounded: Sequence[Rounded], *, passes: int, rounds: int, seconds: float
+    search: OutputSearch,
+    rounded: Sequence[Rounded],
+    *,
+    passes: int,
+    rounds: int,
+    seconds: float,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Coded]:
     """Codes with which the outputs are nearer to the original's than with those given, or the same codes.
 
@@ -50,6 +56,7 @@ def round_for_outputs(
         passes: Most passes of learning.
         rounds: Most rounds behind them.
         seconds: No step begins after them; nothing at all where they would not do for a few passes.
+        progress: Called with percents done, of 100, of the passes and of the rounds.
 
     Cost: two runs of the program forth and one back over the data a round or pass.
 
@@ -65,13 +72,15 @@ def round_for_outputs(
     search.divergence(made, search.held)
     run = (time.perf_counter() - start) * len(search.batches) / len(search.held)
     if passes and seconds > _LEAST_PASSES * run:
-        made = learn(search, rounded, passes=passes, seconds=_LEARNING * seconds)
+        made = learn(search, rounded, passes=passes, seconds=_LEARNING * seconds, progress=progress)
     if not rounds or end - time.perf_counter() < _LEAST_ROUNDS * run:
         return made
     models = _models(search, [replace(r, made=m) for r, m in zip(rounded, made, strict=True)])
     best, least, idle, trust = made, search.divergence(made, search.held), 0, _FIRST
     now, slopes = search.slopes(made, search.seen)
-    for _ in range(rounds):
+    for i in range(rounds):
+        if progress is not None:
+            progress(100 * i // rounds, 100, "rounds")
         if idle >= _PATIENCE or time.perf_counter() > end:
             break
         tried = [r.step(m, g, trust) for r, m, g in zip(models, made, slopes, strict=True)]

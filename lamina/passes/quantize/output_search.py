@@ -18,7 +18,7 @@ from lamina.passes.fold.unfuse_body import body_of
 from lamina.passes.quantize.coded import Coded, from_rows, to_rows
 
 # Batches the data is cut into, so that a pass has as many steps whatever the batch size of its owner.
-_BATCHES = 32
+_BATCHES = 128
 # Every so many of them one only says which codes are best.
 _HOLD_OUT = 8
 # Bytes of the original's outputs that are kept: with a large vocabulary all would be many times the model.
@@ -62,7 +62,7 @@ class OutputSearch:
         original: What the outputs should be.
         current: The program in which the weights are the initializers of ``rounded``.
         rounded: The weights.
-        data: Calibration samples; cut into 32 batches, where the program's batch axis is free.
+        data: Calibration samples; cut into 128 batches, where the program's batch axis is free.
         threads: Threads of a run.
 
     Attributes:

@@ -93,7 +93,7 @@ def round_options(
     threads: int | None = None,
     seconds: float = math.inf,
     learning: float = math.inf,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Option]:
     """The options with codes that answer for what the operators read; others as they are.
 
@@ -106,9 +106,9 @@ def round_options(
         data: Calibration samples.
         how: Default: :class:`Rounding`.
         threads: Threads of a run.
-        seconds: When they are over, what is left keeps its nearest codes.
-        learning: Of them, what ``output`` may add to ``descent``.
-        progress: Called with operators done and in all.
+        seconds: Of ``descent``; when they are over, what is left keeps its nearest codes.
+        learning: Seconds that ``output`` may add to it.
+        progress: Called with what is done, of how many, and of what: operators, then percents.
 
     Returns:
         One option for each of ``chosen``, in order.
@@ -147,11 +147,11 @@ def round_options(
         current = substitute(current, weights)
         done += len(wave)
         if progress is not None:
-            progress(done, len(work))
+            progress(done, len(work), "operators")
     method = how.method
     if method == "output":
-        left = min(learning, seconds - (time.perf_counter() - start))
-        fits = done == len(work) > 0 and _for_outputs(program, current, found, data, how, left, threads)
+        args = program, current, found, data, how, learning, threads, progress
+        fits = done == len(work) > 0 and _for_outputs(*args)
         method = "output" if fits else "descent"
     for entry in found.values():
         for item in entry.items:
@@ -177,6 +177,7 @@ def _for_outputs(
     how: Rounding,
     seconds: float,
     threads: int | None,
+    progress: Callable[[int, int, str], None] | None,
 ) -> bool:
     """Choose all codes anew against the outputs; whether that could be done."""
     places = {n.name or "": n for n in current.graph}
@@ -195,7 +196,9 @@ def _for_outputs(
         search = OutputSearch(program, current, rounded, data, threads=threads)
     except (UnsupportedOperator, PassError, BackendError):  # no derivative, or not written out
         return False
-    better = round_for_outputs(search, rounded, passes=how.passes, rounds=how.rounds, seconds=seconds)
+    better = round_for_outputs(
+        search, rounded, passes=how.passes, rounds=how.rounds, seconds=seconds, progress=progress
+    )
     for entry, made in zip(found.values(), better, strict=True):
         entry.made = made
     return True
