@@ -131,6 +131,44 @@ def test_probabilities_are_not_softmaxed_again() -> None:
     assert tokens.shape == (9, 6)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("case", ["tokens", "labels", "images"])
+def test_a_loss_is_the_sum_of_its_features_and_has_the_derivative_it_says(
+    case: str, probabilities: bool
+) -> None:
+    shape = {"tokens": (3, 6, 7), "labels": (5, 7), "images": (2, 7, 3, 4)}[case]
+    axis = 1 if case == "images" else -1
+    values = RNG.standard_normal(shape)
+    if probabilities:
+        values = np.exp(values) / np.exp(values).sum(axis=axis, keepdims=True)
+    mask = np.ones((3, 6), np.int64)
+    mask[1, 4:] = 0
+    tokens, labels = RNG.integers(7, size=(3, 6)), RNG.integers(7, size=np.delete(shape, axis))
+    labels.flat[0] = -100
+    data = {
+        "tokens": Dataset({"tokens": tokens, "attention_mask": mask}, {}),
+        "labels": Dataset({"x": np.zeros((5, 1))}, {"labels": labels}),
+        "images": Dataset({"x": np.zeros((2, 1))}, {"labels": labels}),
+    }[case]
+    metric = CrossEntropy("logits", "tokens" if case == "tokens" else "")
+
+    def at(given: np.ndarray) -> float:
+        return float(metric.features({"logits": given.astype(np.float64)}, data)[:, 0].sum())
+
+    loss, slopes = metric.loss({"logits": values}, data)
+    assert loss == pytest.approx(at(values), rel=1e-5)
+    assert slopes["logits"].shape == shape
+    way = RNG.standard_normal(shape)
+    if probabilities:  # the way keeps sums; elsewhere these are no probabilities
+        way = values * (way - (way * values).sum(axis=axis, keepdims=True))
+    shown = (at(values + 1e-2 * way) - at(values - 1e-2 * way)) / 2e-2
+    assert float((slopes["logits"] * way).sum()) == pytest.approx(shown, rel=1e-2, abs=1e-3)
+
+
+def test_a_metric_that_counts_has_no_loss() -> None:
+    assert Top1().loss({"logits": np.ones((4, 5))}, indexed(4, labels=np.zeros(4, int))) == (0.0, {})
+
+
 def test_padding_and_ignored_labels_do_not_count() -> None:
     _, logits, _ = decoder_case()
     tokens = np.array([[1, 2, 3, 4, 5, 6], [2, 3, 4, 0, 0, 0]])

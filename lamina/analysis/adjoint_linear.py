@@ -34,11 +34,15 @@ def _gemm(call: Call) -> Parts:
     grad = call.grad * np.float32(get.get_float("alpha", 1.0))
     turned = [bool(get.get_int(n, 0)) for n in ("transA", "transB")]
     left, right = (a.T if turned[0] else a), (b.T if turned[1] else b)
-    first, second = grad @ right.T, left.T @ grad
+    parts: list[np.ndarray | None] = [None, None, None]
+    if call.wants[0]:
+        parts[0] = right @ grad.T if turned[0] else grad @ right.T
+    if call.wants[1]:
+        parts[1] = grad.T @ left if turned[1] else left.T @ grad
     shift = call.given(2)
-    beta = np.float32(get.get_float("beta", 1.0))
-    bias = None if shift is None else narrowed(call.grad * beta, shift.shape)
-    return [first.T if turned[0] else first, second.T if turned[1] else second, bias]
+    if shift is not None and call.wants[2]:
+        parts[2] = narrowed(call.grad * np.float32(get.get_float("beta", 1.0)), shift.shape)
+    return parts
 
 
 LINEAR: Mapping[str, Rule] = {"MatMul": _matmul, "Gemm": _gemm}

@@ -18,17 +18,21 @@ def _unary(slope: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Rule:
     return lambda call: [call.grad * slope(call.read(0), call.made)]
 
 
-def _two(parts: Callable[[Call], tuple[np.ndarray, np.ndarray]]) -> Rule:
-    """A rule for two broadcast inputs."""
+def _two(*parts: Callable[[Call], np.ndarray]) -> Rule:
+    """A rule for two broadcast inputs, each part computed where it is asked for."""
 
     def rule(call: Call) -> Parts:
-        return [narrowed(p, call.read(i).shape) for i, p in enumerate(parts(call))]
+        return [
+            narrowed(part(call), call.read(i).shape) if call.wants[i] else None
+            for i, part in enumerate(parts)
+        ]
 
     return rule
 
 
 def _sum(call: Call) -> Parts:
-    return [narrowed(call.grad, call.read(i).shape) for i in range(len(call.inputs))]
+    wanted = enumerate(call.wants)
+    return [narrowed(call.grad, call.read(i).shape) if wants else None for i, wants in wanted]
 
 
 def _power(call: Call) -> Parts:
@@ -65,9 +69,9 @@ def _gelu(call: Call) -> Parts:
         inner = np.tanh(root * (x + 0.044715 * x**3))
         slope = 0.5 * (1 + inner) + 0.5 * x * (1 - inner**2) * root * (1 + 3 * 0.044715 * x**2)
     else:
-        from scipy.special import erf  # late: scipy takes longer to import than all of lamina
-
-        slope = 0.5 * (1 + erf(x / math.sqrt(2))) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+        # the output over the input is the normal distribution's share below it
+        slope = np.divide(call.made, x, out=np.full_like(x, 0.5), where=x != 0)
+        slope += x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     return [(call.grad * slope).astype(np.float32)]
 
 
@@ -212,16 +216,19 @@ def _pad(call: Call) -> Parts:
 
 def _where(call: Call) -> Parts:
     choice = call.read(0)
-    first, second = np.where(choice, call.grad, 0), np.where(choice, 0, call.grad)
-    return [None, narrowed(first, call.read(1).shape), narrowed(second, call.read(2).shape)]
+    parts: list[np.ndarray | None] = [None]
+    for i, taken in ((1, choice), (2, ~choice)):
+        wanted = call.wants[i]
+        parts.append(narrowed(np.where(taken, call.grad, 0), call.read(i).shape) if wanted else None)
+    return parts
 
 
 POINTWISE: Mapping[str, Rule] = {
     "Add": _sum,
     "Sum": _sum,
-    "Sub": _two(lambda c: (c.grad, -c.grad)),
-    "Mul": _two(lambda c: (c.grad * c.read(1), c.grad * c.read(0))),
-    "Div": _two(lambda c: (c.grad / c.read(1), -c.grad * c.made / c.read(1))),
+    "Sub": _two(lambda c: c.grad, lambda c: -c.grad),
+    "Mul": _two(lambda c: c.grad * c.read(1), lambda c: c.grad * c.read(0)),
+    "Div": _two(lambda c: c.grad / c.read(1), lambda c: -c.grad * c.made / c.read(1)),
     "Pow": _power,
     "Neg": _unary(lambda x, y: -np.ones_like(x)),
     "Sqrt": _unary(lambda x, y: 0.5 / np.maximum(y, np.float32(1e-20))),

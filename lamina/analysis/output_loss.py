@@ -1,4 +1,4 @@
-"""How far a program's outputs are from the original's, as a function with derivatives."""
+"""How far a program's outputs are from the original's, and from what is right, with derivatives."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ import numpy as np
 
 from lamina.data import Dataset
 from lamina.ir.program import Program
+from lamina.quality.metric import Metric
 from lamina.quality.outputs import are_probabilities, class_axis, float_outputs, gives_logits, token_mask
 
 Outputs = Mapping[str, np.ndarray]
 _LEAST = 1e-12
+# Weight of a metric's own loss beside the divergence: small enough that the outputs stay as near to the
+# original's (docs/precision.md).
+_OWN = 0.05
 
 
 class OutputLoss:
@@ -21,11 +25,17 @@ class OutputLoss:
     ``L2(y - y0)^2 / (2 L2(y0)^2)`` of each vector along the last axis of a ``[b, length, width]`` output, or
     of each sample: for small errors 1 - cosine and the error of the length. Padding does not count.
 
+    Where a metric's own loss has a derivative (:meth:`lamina.quality.Metric.loss`: cross-entropy), a
+    twentieth of it comes on top: a divergence is of second order in a small change, a loss of first, so that
+    of all programs as near to the original one that answers better is found.
+
     Args:
         program: The original: names of outputs, and what they are.
+        metric: The metric; None: the divergence alone.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, metric: Metric | None = None) -> None:
+        self._metric = metric
         self.classes = gives_logits(program)
         self.outputs = [port.name for port in float_outputs(program)]
 
@@ -49,6 +59,12 @@ class OutputLoss:
                 total += float((weight * np.exp(logs0) * (logs0 - logs)).sum())
                 seed = weight * (np.exp(logs) - np.exp(logs0))
             seeds[name] = seed.astype(np.float32)
+        if self._metric is not None:
+            own, slopes = self._metric.loss(outputs, batch)
+            total += _OWN * own
+            for name, slope in slopes.items():
+                if name in seeds:
+                    seeds[name] += np.float32(_OWN) * slope
         return total, seeds
 
     def probe(

@@ -82,6 +82,7 @@ def _rounded(request: Request, builder: Builder, realized: Realized, part: float
             chosen,
             request.splits.calibration,
             Rounding("output" if learns else "descent"),
+            metric=request.metric,
             seconds=_SHARE * request.seconds,
             learning=left,
             progress=partial(request.progress.update, "round"),

@@ -45,6 +45,13 @@ class Metric:
         """One number from the features of all samples."""
         raise NotImplementedError
 
+    def loss(self, outputs: Outputs, batch: Dataset) -> tuple[float, dict[str, np.ndarray]]:
+        """What the metric counts, where that is a loss with a derivative: its sum, and that by each output.
+
+        Zero and nothing where it is not.
+        """
+        return 0.0, {}
+
     def check(self, dataset: Dataset) -> None:
         """Say before the first run whether ``dataset`` holds what the metric reads.
 

@@ -67,6 +67,32 @@ class CrossEntropy(RatioMetric):
 
     def features(self, outputs: Outputs, batch: Dataset, reference: Outputs | None = None) -> np.ndarray:
         """Sum of the negative log-likelihood and counted tokens of each sample."""
+        logits, targets, counted, axis = self._held(outputs, batch)
+        log_p = log_probabilities(logits, axis, probabilities=are_probabilities(logits, axis))
+        nll = -np.take_along_axis(log_p, targets, axis=axis).squeeze(axis) * counted
+        sums = per_sample(nll.astype(np.float64), batch).sum(axis=1)
+        return np.stack([sums, per_sample(counted, batch).sum(axis=1)], axis=1).astype(np.float64)
+
+    def loss(self, outputs: Outputs, batch: Dataset) -> tuple[float, dict[str, np.ndarray]]:
+        """Sum of the negative log-likelihood, nats, and its derivative by the logits or probabilities."""
+        logits, targets, counted, axis = self._held(outputs, batch)
+        probabilities = are_probabilities(logits, axis)
+        log_p = log_probabilities(logits, axis, probabilities=probabilities)
+        right = np.take_along_axis(log_p, targets, axis=axis)
+        weight = np.expand_dims(counted, axis).astype(np.float32)
+        if probabilities:
+            slope = np.zeros(logits.shape, np.float32)
+            np.put_along_axis(slope, targets, -weight * np.exp(-right), axis=axis)
+        else:
+            slope = weight * np.exp(log_p)
+            pull = np.take_along_axis(slope, targets, axis=axis) - weight
+            np.put_along_axis(slope, targets, pull, axis=axis)
+        if logits.ndim == 3:  # nothing follows the last token
+            slope = np.pad(slope, ((0, 0), (0, 1), (0, 0)))
+        return -float((right * weight).sum(dtype=np.float64)), {self.output: slope}
+
+    def _held(self, outputs: Outputs, batch: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        """Logits that count, their targets (with the class axis), which of them count, and the class axis."""
         logits, targets = _answer(outputs, self.output), self._targets(batch)
         axis = class_axis(logits.ndim)
         if logits.ndim == 3:
@@ -78,12 +104,8 @@ class CrossEntropy(RatioMetric):
                 raise DataError(f"metric '{self.name}' has no next token to predict", advice=advice)
         classes = logits.shape[axis]
         targets = _shaped(targets, np.delete(logits.shape, axis).tolist(), classes, self.name)
-        log_p = log_probabilities(logits, axis, probabilities=are_probabilities(logits, axis))
         counted = targets != IGNORED_LABEL
-        index = np.expand_dims(np.where(counted, targets, 0), axis)
-        nll = -np.take_along_axis(log_p, index, axis=axis).squeeze(axis) * counted
-        sums = per_sample(nll.astype(np.float64), batch).sum(axis=1)
-        return np.stack([sums, per_sample(counted, batch).sum(axis=1)], axis=1).astype(np.float64)
+        return logits, np.expand_dims(np.where(counted, targets, 0), axis), counted, axis
 
     def _targets(self, batch: Dataset) -> np.ndarray:
         if "labels" in batch.extras or not self.tokens:

@@ -12,13 +12,14 @@ from test_quantize_rounding import FORMS, NETS, chosen, images, mlp, moves, norm
 from lamina.analysis.output_loss import OutputLoss
 from lamina.data import Dataset
 from lamina.errors import BackendError, PassError
-from lamina.passes.quantize import output_rounding, output_search, straight_through
+from lamina.passes.quantize import output_rounding, output_search, rounding, straight_through
 from lamina.passes.quantize.coded import nearest
 from lamina.passes.quantize.rounding import Rounding, round_options
 from lamina.passes.quantize.straight_through import learn
 from lamina.planner.apply import apply_moves
 from lamina.planner.plan import Move, Plan
 from lamina.planner.realize import reproduce
+from lamina.quality.task import CrossEntropy
 
 
 def deaf(seed):
@@ -299,3 +300,90 @@ def test_a_time_limit_ends_learning_with_codes_no_worse(monkeypatch):
     assert divergence(prog, made[1], x) <= divergence(prog, made[0], x)
     assert next(ticks) < 200
     assert options != plain
+
+
+def test_a_metrics_own_loss_is_a_twentieth_of_what_is_made_small():
+    prog = program(mlp, ("b", "t", 32))
+    labels = np.random.default_rng(5).integers(7, size=(4, 5))
+    batch = Dataset({"x0": np.zeros((4, 5, 32), np.float32)}, {"labels": labels}, 4)
+    own, plain = OutputLoss(prog, CrossEntropy("y")), OutputLoss(prog)
+    for loss in (own, plain):
+        loss.classes, loss.outputs = True, ["y"]
+    y, y0 = loss_case("logits", 1), loss_case("logits", 2)
+    both = [loss.compare({"y": y}, {"y": y0}, batch) for loss in (own, plain)]
+    alone, slopes = CrossEntropy("y").loss({"y": y}, batch)
+    assert both[0][0] - both[1][0] == pytest.approx(0.05 * alone, rel=1e-6)
+    np.testing.assert_allclose(both[0][1]["y"] - both[1][1]["y"], 0.05 * slopes["y"], atol=1e-6)
+
+
+def labelled(seed, labels):
+    x = tokens(seed, rows=256)
+    return x, Dataset({"x0": x}, {} if labels is None else {"labels": labels(x)}, 16)
+
+
+def test_of_codes_as_near_to_the_original_those_that_answer_better_are_found():
+    """Labels are drawn from a program with other weights: what the original itself gets partly wrong."""
+    prog, metric = program(classifier, ("b", "t", 32)), CrossEntropy("y")
+    turned = normal(51, 32, 48)
+
+    def labels(x):
+        hidden = np.maximum(x @ (normal(1, 32, 48) + 0.3 * turned), 0)
+        logits = hidden @ normal(3, 48, 10) / 30
+        drawn = (logits + np.random.default_rng(7).gumbel(size=logits.shape)).argmax(axis=-1)
+        return np.roll(drawn, 1, axis=1)  # a label belongs to the answer before it
+
+    x, unseen = labelled(61, labels)
+    found = {}
+    for name, task in (("divergence", None), ("both", metric)):
+        options = round_options(
+            prog, chosen(prog, "stored-w2"), labelled(60, labels)[1], Rounding("output"), metric=task
+        )
+        made = apply_moves(
+            prog, [Move(s, o) for (s, _), o in zip(chosen(prog, "stored-w2"), options, strict=True)]
+        )
+        score = metric.score(metric.features({"y": run(made, x)}, unseen))
+        found[name] = score, divergence(prog, made, x)
+    assert found["both"][0] < found["divergence"][0] - 0.003
+    assert found["both"][1] < 1.15 * found["divergence"][1]
+
+
+def test_data_without_what_the_metric_reads_is_rounded_for_the_divergence_alone():
+    prog, data = program(classifier, ("b", "t", 32)), labelled(60, None)[1]
+    how, picked = Rounding("output", passes=2, rounds=0), chosen(prog, "stored-w2")
+    found = [round_options(prog, picked, data, how, metric=m) for m in (None, CrossEntropy("y"))]
+    assert found[0] == found[1]
+
+
+def test_time_for_more_steps_than_are_of_use_makes_batches_larger_and_steps_smaller(monkeypatch):
+    prog = program(classifier, ("b", "t", 32))
+    caught = {}
+
+    def catch(search, rounded, **options):
+        caught.update(search=search, made=[r.made for r in rounded])
+        return caught["made"]
+
+    monkeypatch.setattr(rounding, "round_for_outputs", catch)
+    data = Dataset({"x0": tokens(21, rows=256)}, {}, 16)
+    round_options(prog, chosen(prog, "stored-w2"), data, Rounding("output"))
+    search, made = caught["search"], caught["made"]
+    assert len(search.batches) == 128
+    answers = search.positions(search.seen[0])
+    assert answers == 2 * len(tokens(21)[0])
+    small = output_rounding._calm(search, made, 1e-9)
+    assert len(search.batches) == 128
+    assert small == pytest.approx((answers / 512) ** 0.25)
+    assert output_rounding._calm(search, made, float("inf")) == pytest.approx(small / 2)
+    assert len(search.batches) == 32
+    assert not set(search.held) & set(search.seen)
+
+
+def test_it_says_how_far_it_is():
+    prog, said = program(classifier, ("b", "t", 32)), []
+    data = Dataset({"x0": tokens(21, rows=64)}, {}, 16)
+    how = Rounding("output", passes=2, rounds=2)
+    round_options(prog, chosen(prog, "stored-w2"), data, how, progress=lambda *told: said.append(told))
+    assert list(dict.fromkeys(what for _, _, what in said)) == ["operators", "codes", "rounds"]
+    assert all(0 <= done <= total for done, total, _ in said)
+    codes = [done for done, _, what in said if what == "codes"]
+    assert codes == sorted(codes)
+    assert codes[-1] == 100

@@ -7,6 +7,7 @@ the original's: first far and roughly (:mod:`lamina.passes.quantize.straight_thr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +16,17 @@ import numpy as np
 
 from lamina.passes.quantize.coded import Coded
 from lamina.passes.quantize.gptq import descend
-from lamina.passes.quantize.output_search import OutputSearch, Rounded
-from lamina.passes.quantize.straight_through import learn
+from lamina.passes.quantize.output_search import BATCHES, OutputSearch, Rounded
+from lamina.passes.quantize.straight_through import RATE, learn
 
-# Share of the time for the passes; they end earlier where they are done.
+# Share of the time for the passes where rounds follow; they end earlier where they are done.
 _LEARNING = 0.7
-# Runs of both programs over the data that passes, and rounds, must have time for to be begun.
-_LEAST_PASSES, _LEAST_ROUNDS = 1, 4
+# Runs of both programs over the data that passes, and rounds, must have time for to be begun; three rounds.
+_LEAST_PASSES, _LEAST_ROUNDS = 1, 12
+# Batches in one step of a pass, at most, and as many steps as a pass should have time for before they are.
+_LARGEST, _STEPS = 4, 400
+# Answers of a program in a batch, with fewer of which a step is smaller.
+_ANSWERS = 512
 # Trust in the curvature: its factor at first, after a step that helped, and after one that did not.
 _FIRST, _BOLDER, _SHYER = 16.0, 1 / 1.4, 3.0
 # Rounds without a better held-out divergence before it ends.
@@ -71,9 +76,12 @@ def round_for_outputs(
     end = start + seconds
     search.divergence(made, search.held)
     run = (time.perf_counter() - start) * len(search.batches) / len(search.held)
+    follow = rounds > 0 and (1 - _LEARNING * (passes > 0)) * seconds > _LEAST_ROUNDS * run
     if passes and seconds > _LEAST_PASSES * run:
-        made = learn(search, rounded, passes=passes, seconds=_LEARNING * seconds, progress=progress)
-    if not rounds or end - time.perf_counter() < _LEAST_ROUNDS * run:
+        seconds *= _LEARNING if follow else 1.0
+        rate = RATE * _calm(search, made, seconds)
+        made = learn(search, rounded, passes=passes, seconds=seconds, rate=rate, progress=progress)
+    if not follow:
         return made
     models = _models(search, [replace(r, made=m) for r, m in zip(rounded, made, strict=True)])
     best, least, idle, trust = made, search.divergence(made, search.held), 0, _FIRST
@@ -94,6 +102,23 @@ def round_for_outputs(
             best, least, idle = made, held, 0
         now, slopes = search.slopes(made, search.seen)
     return best
+
+
+def _calm(search: OutputSearch, made: Sequence[Coded], seconds: float) -> float:
+    """Make batches larger where there is time for more steps than are of use; what rate goes with them.
+
+    Many small steps are worth more than few good ones where there is little time; where there is much, more
+    steps than so many fit the samples, not the program. Both what they are of and how few answers a step
+    sees call for smaller ones.
+    """
+    start = time.perf_counter()
+    search.slopes(made, search.seen[:1])
+    possible = seconds / (time.perf_counter() - start)
+    size = max(1, round(min(possible / _STEPS, _LARGEST)))
+    if size > 1:
+        search.cut(BATCHES // size)
+    answers = search.positions(search.seen[0]) / size
+    return float(min(1.0, (answers / _ANSWERS) ** 0.25) / math.sqrt(size))
 
 
 @dataclass(frozen=True)

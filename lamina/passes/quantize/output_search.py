@@ -16,9 +16,10 @@ from lamina.ir.program import Program
 from lamina.passes.fold.unfuse import unfuse
 from lamina.passes.fold.unfuse_body import body_of
 from lamina.passes.quantize.coded import Coded, from_rows, to_rows
+from lamina.quality import Metric
 
-# Batches the data is cut into, so that a pass has as many steps whatever the batch size of its owner.
-_BATCHES = 128
+# Batches the data is cut into at first: so many steps has a pass whatever the batch size of its owner.
+BATCHES = 128
 # Every so many of them one only says which codes are best.
 _HOLD_OUT = 8
 # Bytes of the original's outputs that are kept: with a large vocabulary all would be many times the model.
@@ -63,6 +64,7 @@ class OutputSearch:
         current: The program in which the weights are the initializers of ``rounded``.
         rounded: The weights.
         data: Calibration samples; cut into 128 batches, where the program's batch axis is free.
+        metric: What :class:`lamina.analysis.output_loss.OutputLoss` counts beside the divergence.
         threads: Threads of a run.
 
     Attributes:
@@ -86,17 +88,23 @@ class OutputSearch:
         rounded: Sequence[Rounded],
         data: Dataset,
         *,
+        metric: Metric | None = None,
         threads: int | None = None,
     ) -> None:
-        self._loss = OutputLoss(original)
+        self._loss = OutputLoss(original, metric)
         names = [name for r in rounded for name in r.names]
         self._adjoint = Adjoint(_plain(current), names, self._loss.outputs, threads=threads)
         self._original = InstrumentedSession(original, self._loss.outputs, threads=threads)
         self._rounded = rounded
-        fixed = fixed_batch(original)
-        cut = replace(data, batch_size=fixed or max(data.group, min(data.batch_size, len(data) // _BATCHES)))
-        self.batches = [b for b in cut.batches() if fixed in (None, len(b))]
-        self._feeds = [feeds_of(original, b, f"batch {i}") for i, b in enumerate(self.batches)]
+        self._program, self._data = original, data
+        self.cut(BATCHES)
+
+    def cut(self, count: int) -> None:
+        """Cut the data into so many batches, or fewer where it is too little or their size is fixed."""
+        data, fixed = self._data, fixed_batch(self._program)
+        size = fixed or max(data.group, min(data.batch_size, len(data) // count))
+        self.batches = [b for b in replace(data, batch_size=size).batches() if fixed in (None, len(b))]
+        self._feeds = [feeds_of(self._program, b, f"batch {i}") for i, b in enumerate(self.batches)]
         self.held = [i for i in range(len(self.batches)) if i % _HOLD_OUT == 1]
         self.seen = [i for i in range(len(self.batches)) if i not in self.held]
         self._kept: dict[int, dict[str, np.ndarray]] = {}
@@ -113,6 +121,10 @@ class OutputSearch:
             self._kept[number], self._bytes = made, self._bytes + size
         return made
 
+    def positions(self, number: int) -> float:
+        """How many answers the divergence from a batch is a mean of."""
+        return self._loss.positions(self.reference(number), self.batches[number])
+
     def divergence(self, made: Sequence[Coded], numbers: Iterable[int]) -> float:
         """Mean over the positions of some batches."""
         weights, total, count = self._weights(made), 0.0, 0.0
@@ -120,7 +132,7 @@ class OutputSearch:
             values = self._adjoint.run(self._feeds[i], weights, outputs_only=True)
             reference = self.reference(i)
             total += self._loss.compare(values, reference, self.batches[i])[0]
-            count += self._loss.positions(reference, self.batches[i])
+            count += self.positions(i)
         return total / max(count, 1.0)
 
     def slopes(self, made: Sequence[Coded], numbers: Iterable[int]) -> tuple[float, list[np.ndarray]]:

@@ -19,7 +19,7 @@ from lamina.analysis.matching import in_batches
 from lamina.analysis.operators import WeightedOperator, weighted_operators
 from lamina.analysis.stream import Stream
 from lamina.data import Dataset
-from lamina.errors import BackendError, PassError, UnsupportedOperator
+from lamina.errors import BackendError, DataError, PassError, UnsupportedOperator
 from lamina.ir.names import reads
 from lamina.ir.program import Program
 from lamina.ir.shapes import observed_shapes
@@ -31,6 +31,7 @@ from lamina.passes.quantize.output_rounding import round_for_outputs
 from lamina.passes.quantize.output_search import OutputSearch, Rounded
 from lamina.passes.quantize.seen import Key, Seen, Work, moments_of, reads_of, weight_of
 from lamina.passes.quantize.smoothing import factors
+from lamina.quality import Metric
 
 METHODS = ("nearest", "gptq", "descent", "output")
 Chosen = Sequence[tuple[Site, Option]]
@@ -90,6 +91,7 @@ def round_options(
     data: Dataset,
     how: Rounding | None = None,
     *,
+    metric: Metric | None = None,
     threads: int | None = None,
     seconds: float = math.inf,
     learning: float = math.inf,
@@ -105,6 +107,8 @@ def round_options(
         chosen: Sites of ``program`` and the option each takes.
         data: Calibration samples.
         how: Default: :class:`Rounding`.
+        metric: The task's; where its loss has a derivative and the data what it reads, ``output`` looks at
+            that too (:class:`lamina.analysis.output_loss.OutputLoss`).
         threads: Threads of a run.
         seconds: Of ``descent``; when they are over, what is left keeps its nearest codes.
         learning: Seconds that ``output`` may add to it.
@@ -150,7 +154,7 @@ def round_options(
             progress(done, len(work), "operators")
     method = how.method
     if method == "output":
-        args = program, current, found, data, how, learning, threads, progress
+        args = program, current, found, data, how, metric, learning, threads, progress
         fits = done == len(work) > 0 and _for_outputs(*args)
         method = "output" if fits else "descent"
     for entry in found.values():
@@ -175,6 +179,7 @@ def _for_outputs(
     found: Mapping[Key, _Found],
     data: Dataset,
     how: Rounding,
+    metric: Metric | None,
     seconds: float,
     threads: int | None,
     progress: Callable[[int, int, str], None] | None,
@@ -193,7 +198,7 @@ def _for_outputs(
         where = factor, first.axis, array.shape, tuple(names), operators
         rounded.append(Rounded(entry.made, target.astype(np.float32), moments, *where))
     try:
-        search = OutputSearch(program, current, rounded, data, threads=threads)
+        search = OutputSearch(program, current, rounded, data, metric=_read(metric, data), threads=threads)
     except (UnsupportedOperator, PassError, BackendError):  # no derivative, or not written out
         return False
     better = round_for_outputs(
@@ -202,6 +207,16 @@ def _for_outputs(
     for entry, made in zip(found.values(), better, strict=True):
         entry.made = made
     return True
+
+
+def _read(metric: Metric | None, data: Dataset) -> Metric | None:
+    """The metric, where the data have what it reads."""
+    try:
+        if metric is not None:
+            metric.check(data)
+    except DataError:
+        return None
+    return metric
 
 
 def substitute(program: Program, weights: Mapping[tuple[str, int], np.ndarray]) -> Program:

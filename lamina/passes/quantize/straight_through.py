@@ -13,15 +13,17 @@ from lamina.passes.quantize.coded import Coded
 from lamina.passes.quantize.gptq import kept_type
 from lamina.passes.quantize.output_search import OutputSearch, Rounded
 
-# A weight's first step in steps of its grid, a scale's in its own size; smaller where there are more steps
-# than so many, with the root of their number.
-_RATE, _SCALE_RATE, _STEPS = 0.006, 0.0006, 400
+# A weight's first step in steps of its grid; and a scale's, in its own size, as a share of that.
+RATE, _SCALE_RATE = 0.006, 0.1
 # Of what rounding took from a weight, the share that it starts from; at most so far from the code it has.
 _MEMORY, _FARTHEST = 0.9, 0.45
+# Batches of those that are learned from on which the best codes must be better than the start, at most.
+_CHECKED = 40
 # Parts of a pass after which codes are tried on what is held out.
 _LOOKS = 2
-# What steps are multiplied by after a part that was no better there, and where all is begun again.
-_SHYER, _MUCH_SHYER = 0.7, 0.4
+# What steps are multiplied by after a part that was no better there; and where all is begun again, because
+# it was so many times worse than the start.
+_SHYER, _MUCH_SHYER, _LOST = 0.85, 0.5, 1.5
 # Decay of the mean of derivatives, and of their squares.
 _MEAN, _SQUARE = 0.9, 0.99
 
@@ -32,6 +34,7 @@ def learn(
     *,
     passes: int,
     seconds: float,
+    rate: float = RATE,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Coded]:
     """Codes with which the outputs are nearer to the original's than with those given, or the same codes.
@@ -40,14 +43,15 @@ def learn(
     move by the derivative of the rounded quotient. Steps are Adam's, one a batch, in steps of the grid, and
     fall to nothing along half a cosine. A real weight starts on the side of the original weight but inside
     the code it was given, so that codes which were close calls are the first to change. Twice a pass the
-    codes are tried on what is held out: where they are worse than those given it is begun again with much
-    smaller steps. The best are returned, if they are better on as many of the other batches too.
+    codes are tried on what is held out: where they are much worse than those given it is begun again with
+    smaller steps. The best are returned, if they are better on others too.
 
     Args:
         search: The divergence and its derivatives.
         rounded: The weights.
         passes: Over the data, at most.
         seconds: When they are over the last step has been made; steps fall the faster for it.
+        rate: Of the first steps, in steps of the grid.
         progress: Called with percents done, of 100.
 
     Cost: a run of the program forth and one back over the data a pass. Memory: six float32 copies of the
@@ -59,7 +63,7 @@ def learn(
     found.
     """
     made = [r.made for r in rounded]
-    others = search.seen[: len(search.held)]
+    others = search.seen[:_CHECKED]
     begun, first = search.divergence(made, search.held), search.divergence(made, others)
     best, least, latents = made, begun, [_Latent.of(r) for r in rounded]
     bold, parts = 1.0, _parts(search.seen)
@@ -68,7 +72,7 @@ def learn(
         for number in next(parts):
             slopes = search.slopes([latent.made() for latent in latents], [number])[1]
             for latent, slope in zip(latents, slopes, strict=True):
-                latent.step(slope.astype(np.float32), bold * clock.share())
+                latent.step(slope.astype(np.float32), rate * bold * clock.share())
             clock.steps += 1
             if progress is not None:
                 progress(min(100, int(100 * clock.spent())), 100, "codes")
@@ -78,7 +82,7 @@ def learn(
         reached = search.divergence(tried, search.held)
         if reached < least:
             best, least = tried, reached
-        elif reached < begun:
+        elif reached < _LOST * begun:
             bold *= _SHYER
         else:
             bold, latents = bold * _MUCH_SHYER, [_Latent.of(r) for r in rounded]
@@ -104,10 +108,8 @@ class _Clock:
         return max(self.steps / self._most, (time.perf_counter() - self._start) / self._seconds)
 
     def share(self) -> float:
-        """Half a cosine; less where more than :data:`_STEPS` steps will be made."""
-        spent = self.spent()
-        expected = self.steps / spent if self.steps else self._most
-        return 0.5 * (1 + math.cos(math.pi * spent)) * min(1.0, math.sqrt(_STEPS / expected))
+        """Half a cosine."""
+        return 0.5 * (1 + math.cos(math.pi * self.spent()))
 
 
 @dataclass
@@ -138,8 +140,8 @@ class _Latent:
         codes = np.clip(np.rint(self._exact(fresh)), fresh.low, fresh.high)
         return replace(fresh, codes=codes.astype(fresh.codes.dtype))
 
-    def step(self, slope: np.ndarray, share: float) -> None:
-        """Move against the derivative by the rounded weight, ``share`` as far as at first."""
+    def step(self, slope: np.ndarray, rate: float) -> None:
+        """Move against the derivative by the rounded weight, some ``rate`` of a step of the grid."""
         self.count += 1
         made, size = self.made(), self.start.scale
         exact, zero = self._exact(made), made.spread(made.zero)
@@ -148,8 +150,8 @@ class _Latent:
         by_scale = slope * (made.codes - np.where(inside, exact, zero))
         blocks = np.add.reduceat(by_scale, np.arange(0, by_scale.shape[1], made.block), axis=1)
         way = self._way(0, np.where(inside, slope, 0))
-        self.real -= share * _RATE * self.start.spread(size) * way
-        self.scale -= share * _SCALE_RATE * size * self._way(1, blocks)
+        self.real -= rate * self.start.spread(size) * way
+        self.scale -= rate * _SCALE_RATE * size * self._way(1, blocks)
         # a scale that leaves its neighbourhood has codes that no longer fit it
         np.clip(self.scale, 0.5 * size, 2 * size, out=self.scale)
 

@@ -23,6 +23,7 @@ from lamina.passes.quantize.token_weights import attention_received
 from lamina.planner.apply import apply_moves
 from lamina.planner.mend import standing
 from lamina.planner.plan import Move
+from lamina.quality import get_metric
 from tools.bench import peers
 from tools.bench.quantize_tool import BLOCK_TOOLS
 
@@ -39,12 +40,14 @@ def ours(
     block: int = 32,
     rank: int = 0,
     head: str = "",
+    metric: str = "",
     **how: Any,
 ) -> Scheme:
     """Every Conv, Gemm and MatMul in one form; ``method`` of :class:`Rounding`. Tables stay float.
 
     With a rank, low-rank paths (eora) beside the rounded operators as well. ``head`` is the form of operators
-    whose result is an output of the model, where it is another.
+    whose result is an output of the model, where it is another. ``metric`` is one whose loss ``output`` looks
+    at too.
     """
 
     def make(program: Program, data: Dataset) -> onnx.ModelProto:
@@ -56,7 +59,8 @@ def ours(
             if isinstance(site, Site) and site.kind != "embedding":
                 by = special if outputs.intersection(site.nodes) else quantize
                 chosen += [(site, o) for o in by.options(site, program, None, None)]
-        options = round_options(program, chosen, data, Rounding(method, **how), threads=1)
+        task = get_metric(metric, program) if metric else None
+        options = round_options(program, chosen, data, Rounding(method, **how), metric=task, threads=1)
         moves = [Move(site, option) for (site, _), option in zip(chosen, options, strict=True)]
         made = apply_moves(program, moves)
         if rank:
@@ -178,6 +182,14 @@ SCHEMES["stored-w4 x16 output, longer"] = (
     "lamina",
     ours("stored-w4", "output", block=16, vectors=32768, passes=24, rounds=24),
 )
+SCHEMES |= {
+    f"stored-w4{name} output, own loss": (
+        4,
+        "lamina",
+        ours("stored-w4", "output", block=block, metric="cross-entropy"),
+    )
+    for name, block in (("", 32), (" x16", 16))
+}
 SCHEMES |= {
     f"stored-w4{name} {method}, head in 8": (
         4,
