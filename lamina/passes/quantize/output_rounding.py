@@ -111,6 +111,7 @@ def _calm(search: OutputSearch, made: Sequence[Coded], seconds: float) -> float:
     steps than so many fit the samples, not the program. Both what they are of and how few answers a step
     sees call for smaller ones.
     """
+    search.slopes(made, search.seen[:1])  # the first takes longer
     start = time.perf_counter()
     search.slopes(made, search.seen[:1])
     possible = seconds / (time.perf_counter() - start)

@@ -59,8 +59,8 @@ def learn(
 
     Source: Bengio et al. 2013, arXiv:1308.3432 (straight through); Esser et al. 2020, arXiv:1902.08153
     (LSQ: derivatives by scales); Kingma and Ba 2014, arXiv:1412.6980 (Adam). Deviates: the aim are the
-    outputs of the original, no labels; other parameters stay; it starts from what rounding by operator
-    found.
+    outputs of the original, with little weight for labels; other parameters stay; it starts from what
+    rounding by operator found.
     """
     made = [r.made for r in rounded]
     others = search.seen[:_CHECKED]
