@@ -110,7 +110,8 @@ def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist],
 
     What a repair can make up for differs from plan to plan by more than what it is chosen by before. An
     earlier one is left for a later one only where that is better by more than a standard error. Codes of few
-    bits are learned for that one alone: it takes all the time there is for it.
+    bits are learned for that one alone: it takes all the time there is for it. No further plan is begun where
+    those before took as long as the search.
 
     Args:
         request: The budget and the data.
@@ -121,10 +122,12 @@ def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist],
     if goal.minimize != "damage":
         return mend(request, builder, finalists[0], goal)
     tried = finalists[:CONTENDERS]
-    mended = [
-        mend(request, builder, f, goal, part=1.0 / (len(tried) - i), learning=False)
-        for i, f in enumerate(tried)
-    ]
+    mended: list[Finalist] = []
+    for i, finalist in enumerate(tried):
+        if i and _spent(builder) >= request.seconds:
+            break
+        mended.append(mend(request, builder, finalist, goal, part=1.0 / (len(tried) - i), learning=False))
+    tried = tried[: len(mended)]
 
     def left(finalist: Finalist, before: Finalist) -> float:
         told = builder.mended.get(before.candidate.genome)
@@ -135,6 +138,12 @@ def mend_best(request: Request, builder: Builder, finalists: Sequence[Finalist],
     most = lasting[best] + tried[best].candidate.score.error
     chosen = next(i for i, damage in enumerate(lasting) if damage <= most)
     return _learned(request, builder, tried[chosen], mended[chosen], goal)
+
+
+def _spent(builder: Builder) -> float:
+    """Seconds of rounding and compensation, with what judging them took."""
+    rounded = sum(found.seconds for found in builder.rounded.values())
+    return rounded + sum(found.seconds for found in builder.mended.values())
 
 
 def _learned(request: Request, builder: Builder, plain: Finalist, mended: Finalist, goal: Goal) -> Finalist:

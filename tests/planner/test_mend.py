@@ -144,8 +144,14 @@ def test_where_damage_is_minimized_the_least_damaging_after_compensation_is_chos
 
     monkeypatch.setattr(module, "mend", mend)
     damage: Any = SimpleNamespace(minimize="damage")
-    assert module.mend_best(None, builder, plans, damage).candidate.genome == "b"  # type: ignore[arg-type]
+    request: Any = SimpleNamespace(seconds=10.0)
+    assert module.mend_best(request, builder, plans, damage).candidate.genome == "b"
     assert parts == [pytest.approx(1 / 3), pytest.approx(1 / 2), 1.0]  # d is not looked at
+    builder.mended.clear()
+    parts.clear()
+    hasty: Any = SimpleNamespace(seconds=1.5)  # each takes one
+    assert module.mend_best(hasty, builder, plans, damage).candidate.genome == "b"
+    assert len(parts) == 2
     latency: Any = SimpleNamespace(minimize="latency")
     assert module.mend_best(None, builder, plans, latency).candidate.genome == "a"  # type: ignore[arg-type]
 
@@ -186,7 +192,8 @@ def test_codes_are_learned_for_the_chosen_plan_and_kept_where_they_are_nearer(
 
     monkeypatch.setattr(module, "mend", mend)
     goal: Any = SimpleNamespace(minimize="damage")
-    chosen = module.mend_best(None, builder, [finished("a"), finished("b")], goal)  # type: ignore[arg-type]
+    request: Any = SimpleNamespace(seconds=10.0)
+    chosen = module.mend_best(request, builder, [finished("a"), finished("b")], goal)
     assert asked == [("a", "descent", "a plain"), ("b", "descent", "b plain"), ("b", "output", "b plain")]
     kept = "output" if better else "descent"
     assert chosen.realized.program == builder.done["b"].realized.program == f"b {kept}"
