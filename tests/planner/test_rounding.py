@@ -82,7 +82,18 @@ def test_the_terminal_says_what_was_rounded(
     )
 
 
-def test_codes_of_few_bits_are_learned_against_the_outputs(quantized: lamina.Result) -> None:
+def test_codes_of_few_bits_are_learned_against_the_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lamina.planner import rounding as module
+
+    asked: list[tuple[str, float, int]] = []
+    real = module.round_options
+
+    def spied(program: Program, chosen: Any, data: Any, how: Any, **options: Any) -> Any:
+        widths = [o.parameters["weight_bits"] for _, o in chosen if "weight_bits" in o.parameters]
+        asked.append((how.method, options["learning"], min(widths)))
+        return real(program, chosen, data, how, **options)
+
+    monkeypatch.setattr(module, "round_options", spied)
     x = np.random.default_rng(1).normal(size=(240, 6, _WIDTH)).astype(np.float32)
     narrow = lamina.optimize(
         _program().model,
@@ -94,10 +105,11 @@ def test_codes_of_few_bits_are_learned_against_the_outputs(quantized: lamina.Res
         seconds=4,
         seed=0,
     )
+    methods = [method for method, _, _ in asked]
+    assert methods == ["descent"] * (len(asked) - 1) + ["output"]  # the chosen plan alone, and last
+    assert asked[-1][1] > 0
+    assert asked[-1][2] <= 4
     told = narrow.evidence["rounding"]
-    assert told["method"] == "output"
     assert told["after"] < told["before"]
     carried = [m.option.parameters for m in narrow.plan.moves if "codes" in m.option.parameters]
-    assert any(p["weight_bits"] <= 4 and p["rounding"] == "output" for p in carried)
-    few = any(m.option.parameters.get("weight_bits", 8) <= 4 for m in quantized.plan.moves)
-    assert quantized.evidence["rounding"]["method"] == ("output" if few else "descent")
+    assert any(p["weight_bits"] <= 4 and p["rounding"] == told["method"] for p in carried)
