@@ -16,7 +16,7 @@ from lamina.planner.evaluator import Score
 from lamina.planner.paths import RANKS, with_paths
 from lamina.planner.plan import Move
 from lamina.planner.request import Request
-from lamina.planner.rounding import has_few_bits, round_plan
+from lamina.planner.rounding import can_learn, round_plan
 from lamina.planner.search import Goal, Search
 from lamina.quality import get_metric
 
@@ -149,7 +149,7 @@ def _spent(builder: Builder) -> float:
 def _learned(request: Request, builder: Builder, plain: Finalist, mended: Finalist, goal: Goal) -> Finalist:
     """``plain`` mended anew with codes learned, where that is nearer to the original than ``mended``."""
     genome, told = plain.candidate.genome, builder.rounded.get(plain.candidate.genome)
-    if told is None or told.method == "output" or not has_few_bits(plain.realized.plan):
+    if told is None or told.method == "output" or not can_learn(request, builder, plain.realized.plan):
         return mended
     before = told, builder.mended.pop(genome, None), builder.done[genome]
     del builder.rounded[genome]

@@ -74,7 +74,7 @@ def _rounded(request: Request, builder: Builder, realized: Realized, part: float
     program = apply_drops(builder.prepared.folded.program, moves)
     chosen = [(m.site, m.option) for m in rest]
     left = part * (_LEARNING_SHARE * request.seconds - builder.learning_s)
-    learns = left > 0 and has_few_bits(realized.plan)
+    learns = left > 0 and can_learn(request, builder, realized.plan)
     start = time.perf_counter()
     with request.progress.stage("round"):
         options = round_options(
@@ -96,6 +96,7 @@ def _rounded(request: Request, builder: Builder, realized: Realized, part: float
     return made
 
 
-def has_few_bits(plan: Plan) -> bool:
-    """Whether learning codes against the outputs is worth its time."""
-    return any(m.option.parameters.get("weight_bits", 8) <= _FEW_BITS for m in plan.moves)
+def can_learn(request: Request, builder: Builder, plan: Plan) -> bool:
+    """Whether learning codes against the outputs is worth its time, and some of that is left."""
+    few = any(m.option.parameters.get("weight_bits", 8) <= _FEW_BITS for m in plan.moves)
+    return few and builder.learning_s < _LEARNING_SHARE * request.seconds

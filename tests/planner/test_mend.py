@@ -175,7 +175,9 @@ def test_codes_are_learned_for_the_chosen_plan_and_kept_where_they_are_nearer(
 
     near = {"b descent": 0.02, "b output": 0.01 if better else 0.03}
     outcome = lambda program: SimpleNamespace(divergence=near[program])  # noqa: E731
-    builder: Any = SimpleNamespace(mended={}, rounded={}, done={}, selection=SimpleNamespace(outcome=outcome))
+    builder: Any = SimpleNamespace(
+        mended={}, rounded={}, done={}, learning_s=0.0, selection=SimpleNamespace(outcome=outcome)
+    )
     asked = []
 
     def mend(
@@ -199,3 +201,9 @@ def test_codes_are_learned_for_the_chosen_plan_and_kept_where_they_are_nearer(
     assert chosen.realized.program == builder.done["b"].realized.program == f"b {kept}"
     assert builder.rounded["b"].method == kept
     assert builder.mended["b"].kept
+    builder.rounded.clear()
+    builder.mended.clear()
+    asked.clear()
+    builder.learning_s = 10.0  # no time is left for it: nothing is rounded twice
+    module.mend_best(request, builder, [finished("b")], goal)
+    assert asked == [("b", "descent", "b plain")]
