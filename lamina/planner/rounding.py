@@ -83,7 +83,8 @@ def _rounded(request: Request, builder: Builder, realized: Realized, part: float
             request.splits.calibration,
             Rounding("output" if learns else "descent"),
             metric=request.metric,
-            seconds=_SHARE * request.seconds,
+            # where an operator is left out nothing can be learned, so descent may take that time too
+            seconds=_SHARE * request.seconds + (left if learns else 0.0),
             learning=left,
             progress=partial(request.progress.update, "round"),
         )
